@@ -1,0 +1,169 @@
+"""LoraSpec: the request for an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lorakit.errors import SpecError, nearest
+from lorakit.math.scaling import Scaling, lora_scaling
+
+Update = Literal["lora", "dora"]
+Init = Literal["gaussian", "kaiming"]
+Bias = Literal["none", "lora_only", "all"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec:
+    """What adapter to learn: h = W0 x + s B A x (Hu et al. 2021, eq. 3).
+
+    Raises:
+        SpecError: a value that cannot be; the message names the field.
+    """
+
+    r: int = field(default=8, metadata={"help": "rank of the update"})
+    alpha: float = field(default=16.0, metadata={"help": "numerator of the scaling"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the branch's input, 0 to 1"})
+    targets: str | tuple[str, ...] = field(
+        default="qv",
+        metadata={
+            "help": "a preset (qv, attention, mlp, all-linear), or names, suffixes, parts of fused "
+            "projections (c_attn.q), regular expressions"
+        },
+    )
+    update: Update = field(default="lora", metadata={"help": "update rule"})
+    scaling: Scaling = field(
+        default="alpha/r", metadata={"help": "alpha/r, or alpha/sqrt(r) (rsLoRA)"}
+    )
+    rank_pattern: Mapping[str, int] = field(
+        default_factory=dict[str, int], metadata={"help": "name or regex -> rank, first match wins"}
+    )
+    alpha_pattern: Mapping[str, float] = field(
+        default_factory=dict[str, float],
+        metadata={"help": "name or regex -> alpha, first match wins"},
+    )
+    init: Init = field(
+        default="gaussian",
+        metadata={
+            "help": "how A starts: gaussian, N(0, 1/in), or kaiming, U(-1/sqrt(in), 1/sqrt(in)) "
+            "as loralib and PEFT do; B starts at zero"
+        },
+    )
+    bias: Bias = field(
+        default="none",
+        metadata={"help": "biases trained beside: none, lora_only (of the targets), all"},
+    )
+    also_train: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "whole modules trained beside, by name or suffix (PEFT's modules_to_save)"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.also_train, (str, list)):
+            names = [self.also_train] if isinstance(self.also_train, str) else self.also_train
+            object.__setattr__(self, "also_train", tuple(names))
+        self._check_names()
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_names(self) -> None:
+        targets = (self.targets,) if isinstance(self.targets, str) else self.targets
+        if not targets or not all(isinstance(t, str) and t for t in targets):
+            raise SpecError(
+                "targets must name something",
+                where="targets",
+                expected="a preset, or one or more names",
+                found=repr(self.targets),
+            )
+
+    def _check_choices(self) -> None:
+        choices = {"update": Update, "scaling": Scaling, "init": Init, "bias": Bias}
+        for name, literal in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(literal):
+                raise SpecError(
+                    f"{name} is not one of its choices",
+                    where=name,
+                    expected=", ".join(get_args(literal)),
+                    found=repr(value),
+                )
+
+    def _check_numbers(self) -> None:
+        _check_rank("r", self.r)
+        _check_alpha("alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise SpecError(
+                "dropout must be a probability below 1",
+                where="dropout",
+                expected="0 <= dropout < 1",
+                found=repr(self.dropout),
+            )
+        for key, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+
+    def scale(self, *, r: int, alpha: float) -> float:
+        """The factor in front of BA at this rank and alpha."""
+        return lora_scaling(alpha, r, self.scaling)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML; `from_dict` reads them back."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["rank_pattern"] = dict(self.rank_pattern)
+        values["alpha_pattern"] = dict(self.alpha_pattern)
+        values["also_train"] = list(self.also_train)
+        if not isinstance(self.targets, str):
+            values["targets"] = list(self.targets)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraSpec:
+        """Read plain values.
+
+        Raises:
+            SpecError: an unknown key (with the nearest known one) or a wrong value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = nearest(key, known, n=1)
+                raise SpecError(
+                    f"unknown key {key!r}",
+                    where="LoraSpec",
+                    expected=", ".join(known),
+                    remedy=f"did you mean {close[0]!r}?" if close else None,
+                )
+        return cls(**dict(values))
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _check_rank(where: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SpecError(
+            "the rank must be a whole number of at least 1",
+            where=where,
+            expected="r >= 1",
+            found=repr(value),
+        )
+
+
+def _check_alpha(where: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        raise SpecError(
+            "alpha must be a positive number",
+            where=where,
+            expected="alpha > 0",
+            found=repr(value),
+        )

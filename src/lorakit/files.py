@@ -1,0 +1,155 @@
+"""Writes that are whole or absent: temporary name, flush, rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import OutputError
+
+
+def require_free(path: str | Path) -> Path:
+    """The path, if it does not exist yet or is an empty directory.
+
+    Raises:
+        OutputError: the path is a file, or a directory with something in it.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(
+            "the output directory is not empty",
+            where=str(path),
+            expected="a path that does not exist, or an empty directory",
+            found=f"{sum(1 for _ in path.iterdir())} entries",
+            remedy="choose another output, or remove this one yourself",
+        )
+    if path.exists() and not path.is_dir():
+        raise OutputError(
+            "the output is a file",
+            where=str(path),
+            expected="a directory",
+            remedy="choose another output",
+        )
+    return path
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn the system's write errors below this block into one clear OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise _output_error(error, Path(path)) from error
+    except Exception as error:
+        # safetensors raises its own class for a failed write; its text carries the system's reason.
+        if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
+            raise _output_error(error, Path(path)) from error
+        raise
+
+
+def _output_error(error: BaseException, path: Path) -> OutputError:
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if number == errno.ENOSPC or "os error 28" in text:
+        return OutputError(
+            "the disk is full",
+            where=str(path),
+            found=f"{_free_bytes(path):,} bytes free",
+            remedy="free some space or choose another output; nothing was left half-written",
+        )
+    return OutputError(
+        "cannot write here", where=str(path), found=text, remedy="choose another output"
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+@contextmanager
+def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling directory that takes the name `path` only if the block succeeds.
+
+    Args:
+        path: the final directory.
+        replace: put an existing directory of that name away once the new one is whole; otherwise
+            the path must be free (see `require_free`).
+
+    Raises:
+        OutputError: the path is taken, or the disk refuses.
+    """
+    path = Path(path)
+    if not replace:
+        require_free(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(
+            tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        )
+    try:
+        with writing(path):
+            yield staging
+            _flush(staging)
+            staging.chmod(0o755)
+            _swap(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _swap(staging: Path, path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()):
+        # No portable call exchanges two directories: keep the old one until the new is in.
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        path.rename(old)
+        try:
+            staging.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        if path.is_dir():
+            path.rmdir()
+        staging.rename(path)
+
+
+def _flush(directory: Path) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

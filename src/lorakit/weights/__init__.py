@@ -1,0 +1,1 @@
+"""Storage of one frozen weight: read it dense, write it back."""
