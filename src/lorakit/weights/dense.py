@@ -7,25 +7,27 @@ from torch import Tensor, nn
 
 
 class DenseWeight:
-    """The parameter `module.weight`.
+    """One parameter of a module, `weight` unless another name is given.
 
     `write` puts a new parameter in place of the old one and leaves the old one untouched: what else
     holds the old parameter (an output head tied to an embedding) keeps its values, and `restore`
     brings the very object back, so that the tie is whole again.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, name: str = "weight") -> None:
+        owner, _, leaf = name.rpartition(".")
+        self._module = module.get_submodule(owner)
+        self._name = leaf
 
     def read(self) -> Tensor:
-        """The weight, (out, in) or the layer's own layout, in its stored dtype."""
+        """The parameter in its own layout and stored dtype."""
         return self._parameter().detach()
 
     def write(self, weight: Tensor) -> None:
         """Store `weight`, rounded to the stored dtype."""
         old = self._parameter()
         new = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
-        self._module.register_parameter("weight", new)
+        self._module.register_parameter(self._name, new)
 
     def keep(self) -> nn.Parameter:
         """The present parameter itself."""
@@ -35,7 +37,7 @@ class DenseWeight:
         """Put the kept parameter back."""
         if not isinstance(kept, nn.Parameter):
             raise TypeError(f"expected the parameter that keep() returned, found {type(kept)}")
-        self._module.register_parameter("weight", kept)
+        self._module.register_parameter(self._name, kept)
 
     def kept_bytes(self) -> int:
         """Size of the original that stays beside the written one, in bytes."""
@@ -43,10 +45,7 @@ class DenseWeight:
         return parameter.numel() * parameter.element_size()
 
     def _parameter(self) -> nn.Parameter:
-        parameter = self._module.weight
-        if not isinstance(parameter, nn.Parameter):
-            raise TypeError(f"{type(self._module).__name__}.weight is not a parameter")
-        return parameter
+        return self._module.get_parameter(self._name)
 
 
 def is_dense(module: nn.Module) -> bool:

@@ -1,0 +1,134 @@
+"""Adapter: spec, factors and passport, with no model inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorakit.adapters.spec import LoraSpec
+from lorakit.layers.kinds import KINDS
+from lorakit.layers.low_rank import whole_delta
+from lorakit.layers.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One update s B A.
+
+    Attributes:
+        A: (r, in), or the kind's shape.
+        B: (out, r), or the kind's shape; out is the part's own size.
+        alpha: the numerator of the scaling.
+        scaling: s.
+        kind: the geometry, a key of `lorakit.layers.kinds.KINDS`.
+        module: the adapted module's name.
+        rows: the part's rows of a fused output, or None.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    scaling: float
+    kind: str
+    module: str
+    rows: Rows | None = None
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """S B A in float32, in the layout of the whole base weight."""
+        return whole_delta(KINDS[self.kind], self.A, self.B, self.rows) * self.scaling
+
+
+class AdapterFiles(Protocol):
+    """How adapters are read from and written to disk; `lorakit.formats.peft` is the one we use."""
+
+    def read(self, path: Path) -> Adapter:
+        """Read a directory."""
+        ...
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        """Write a directory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Adapter:
+    """A trained update that can be bound to a model, saved, merged, composed, analysed or served.
+
+    Attributes:
+        spec: the request it was made from.
+        factors: site name -> update.
+        biases: adapted module -> its trained bias, (out,).
+        overrides: full parameter name -> value, for modules and biases trained beside.
+        passport: where it comes from: base fingerprint, data, seed, versions, metrics.
+        base_weights: module -> frozen weight that a foreign file carries; it must be the base's.
+        target_modules: the shortest names that mean exactly the adapted modules; may be empty.
+        config: keys of a foreign adapter_config.json that are kept as they came.
+    """
+
+    spec: LoraSpec
+    factors: Mapping[str, Factors]
+    biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    overrides: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    passport: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    target_modules: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def num_params(self) -> int:
+        """All learned numbers."""
+        low_rank = sum(f.A.numel() + f.B.numel() for f in self.factors.values())
+        beside = [*self.biases.values(), *self.overrides.values()]
+        return low_rank + sum(t.numel() for t in beside)
+
+    def modules(self) -> dict[str, dict[str, Factors]]:
+        """Adapted module -> site name -> factors."""
+        grouped: dict[str, dict[str, Factors]] = {}
+        for name, factors in self.factors.items():
+            grouped.setdefault(factors.module, {})[name] = factors
+        return grouped
+
+    def delta(self, module: str) -> Tensor:
+        """The whole change of one module's weight, float32, in the base weight's layout.
+
+        Raises:
+            KeyError: the adapter does not adapt this module.
+        """
+        parts = [f.delta() for f in self.modules()[module].values()]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """Read an adapter in PEFT's layout, without a model.
+
+        Raises:
+            AdapterFileError: the files cannot be read, or ask for what is not supported.
+        """
+        return _files[0].read(Path(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the adapter in PEFT's layout, with its passport beside; whole or not at all.
+
+        Raises:
+            OutputError: the directory is not empty, or the disk refuses.
+        """
+        _files[0].write(self, Path(path))
+
+
+_files: list[AdapterFiles] = []
+
+
+def register_files(files: AdapterFiles) -> None:
+    """Say how `Adapter.load` and `Adapter.save` read and write (called once, by the format)."""
+    _files[:] = [files]

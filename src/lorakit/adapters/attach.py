@@ -1,0 +1,270 @@
+"""Attach, use, detach: adapters on a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.attachments import (
+    Attachments,
+    adapted_layers,
+    attachments_of,
+    check_name,
+    end_attachments,
+    find_attachments,
+    overridden_modules,
+    places,
+    refuse_merged,
+    require_attached,
+    start_attachments,
+)
+from lorakit.adapters.plan import AdapterPlan, Site, plan_adapter
+from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.targets import base_modules
+from lorakit.errors import StateError
+from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
+from lorakit.layers.kinds import KINDS
+from lorakit.layers.low_rank import Branch, LowRank
+from lorakit.layers.overridden import OverriddenModule, Override
+
+
+def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default") -> AdapterPlan:
+    """Put a new adapter on the model, freeze the base, and leave the adapter active.
+
+    The model computes exactly what it did before, because B A starts at zero. Mutates `model`:
+    targeted modules are wrapped in place; the base's parameters no longer require gradients, and
+    neither do those of adapters attached before.
+
+    Args:
+        model: any nn.Module.
+        plan: a plan for this model, or a spec to plan with.
+        name: the new adapter's name.
+
+    Returns:
+        The plan.
+
+    Raises:
+        StateError: the name is taken or cannot be a name, or an adapter is merged.
+        TargetError, SpecError: see `plan_adapter`.
+    """
+    check_name(name)
+    record = find_attachments(model)
+    if record and name in record.plans:
+        raise StateError(
+            f"an adapter named {name!r} is attached already",
+            found=", ".join(record.plans),
+            remedy="choose another name, or detach it first",
+        )
+    refuse_merged(model)
+    if isinstance(plan, LoraSpec):
+        plan = plan_adapter(model, plan)
+    modules = base_modules(model)
+    missing = [site.module for site in plan.sites if site.module not in modules]
+    if missing:
+        raise StateError(
+            "the plan was made for another model",
+            where=missing[0],
+            found=f"{len(missing)} of {len(plan.sites)} sites are not in {type(model).__name__}",
+            remedy="plan_adapter(model, spec) on this model",
+        )
+    _refuse_nesting(model, plan)
+    record = start_attachments(model)
+    _freeze(model, record)
+    _install(model, record, plan, name, modules)
+    record.plans[name] = plan
+    record.routing.select(name)
+    return plan
+
+
+def _refuse_nesting(model: nn.Module, plan: AdapterPlan) -> None:
+    """One adapter's whole-module copy cannot hold another adapter's layer inside."""
+    wholes = {site.module for site in plan.overrides}
+    wholes |= {module.name for module in overridden_modules(model)}
+    parts = [site.module for site in (*plan.sites, *plan.overrides)]
+    parts += [m.name for m in model.modules() if isinstance(m, Wrapper)]
+    for whole in wholes:
+        inside = [part for part in parts if part.startswith(whole + ".")]
+        if inside:
+            raise StateError(
+                "one adapter trains a module as a whole, another changes a layer inside it",
+                where=whole,
+                found=inside[0],
+                remedy="detach one of the two",
+            )
+
+
+def _freeze(model: nn.Module, record: Attachments) -> None:
+    if not record.plans:
+        record.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _install(
+    model: nn.Module,
+    record: Attachments,
+    plan: AdapterPlan,
+    name: str,
+    modules: dict[str, nn.Module],
+) -> None:
+    wrappers = {m.name: m for m in model.modules() if isinstance(m, Wrapper)}
+    holders = places(model)
+    for module_name, sites in plan.modules().items():
+        wrapper = wrappers.get(module_name)
+        if not isinstance(wrapper, AdaptedLayer):
+            base = _unwrapped(wrapper, modules[module_name], plan)
+            kind = KINDS[sites[0].kind]
+            wrapper = AdaptedLayer(base, kind=kind, routing=record.routing, name=module_name)
+            _replace(holders, base, wrapper)
+        wrapper.factors[module_key(name)] = _new_branch(wrapper, sites, plan.spec)
+    for site in plan.overrides:
+        wrapper = wrappers.get(site.module)
+        base = modules[site.module]
+        if not isinstance(wrapper, OverriddenModule):
+            base = _unwrapped(wrapper, base, plan)
+            wrapper = OverriddenModule(base, routing=record.routing, name=site.module)
+            _replace(holders, base, wrapper)
+        values = {n: _factor(wrapper.base.get_parameter(n)) for n in site.shapes}
+        wrapper.overrides[module_key(name)] = Override(values)
+
+
+def _unwrapped(wrapper: Wrapper | None, base: nn.Module, plan: AdapterPlan) -> nn.Module:
+    if wrapper is not None:
+        raise StateError(
+            "one adapter trains this module as a whole, another adds a low-rank update to it",
+            where=wrapper.name,
+            remedy="detach one of the two",
+        )
+    return base
+
+
+def _replace(
+    holders: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module
+) -> None:
+    for parent, attribute in holders[id(old)]:
+        setattr(parent, attribute, new)
+
+
+def _factor(parameter: Tensor) -> Tensor:
+    """A copy to train: float32 unless the base is wider, on the base's device."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(dtype, copy=True)
+
+
+def _new_branch(layer: AdaptedLayer, sites: Sequence[Site], spec: LoraSpec) -> Branch:
+    weight = layer.base.get_parameter("weight")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    parts: list[LowRank] = []
+    for site in sites:
+        shape_A, shape_B = layer.kind.factor_shapes(site.shape, site.r)
+        lora_A = torch.empty(shape_A, dtype=dtype, device=weight.device)
+        lora_B = torch.empty(shape_B, dtype=dtype, device=weight.device)
+        layer.kind.init(lora_A, lora_B, spec.init)
+        parts.append(
+            LowRank(
+                lora_A, lora_B, scaling=site.scaling, dropout=spec.dropout, rows=site.rows
+            ).train(layer.training)
+        )
+    bias = _factor(layer.base.get_parameter("bias")) if sites[0].bias else None
+    return Branch(parts, bias)
+
+
+def active_adapter(model: nn.Module) -> str | tuple[str | None, ...] | None:
+    """What runs now: a name, None for the base, or one of those per row."""
+    record = find_attachments(model)
+    return record.routing.active if record else None
+
+
+@contextmanager
+def use(model: nn.Module, selection: str | Sequence[str | None] | None) -> Iterator[nn.Module]:
+    """Run one adapter, the base, or one adapter per row inside this block.
+
+    What was selected before comes back at the end, also after an error; blocks nest. `generate()`
+    works inside, and so does training, as long as the backward pass runs inside too where gradient
+    checkpointing recomputes the forward pass.
+
+    Args:
+        model: a model with adapters attached.
+        selection: an adapter's name, None for the base alone, or one of those per batch row.
+
+    Raises:
+        StateError: an unknown name, an empty list, or a merged adapter that would be left out.
+    """
+    record = find_attachments(model)
+    if record is None and selection is None:
+        yield model
+        return
+    record = attachments_of(model)
+    wanted = selection if selection is None or isinstance(selection, str) else tuple(selection)
+    if wanted == ():
+        raise StateError("no row is named", expected="one adapter name (or None) per row")
+    for name in dict.fromkeys(wanted if isinstance(wanted, tuple) else (wanted,)):
+        if name is not None:
+            require_attached(model, name)
+    before = record.routing.active
+    record.routing.select(wanted)
+    try:
+        yield model
+    finally:
+        record.routing.active = before
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off the model, or all of them; the original modules come back.
+
+    Mutates `model`. Where no adapter is left on a layer, the very module that was there before
+    `attach` is put back. Weights into which an adapter was merged stay merged: merging and then
+    detaching gives an ordinary model with the adapter folded in.
+
+    Args:
+        model: a model with adapters attached.
+        name: the adapter, or None for all.
+
+    Raises:
+        StateError: no adapter of that name is attached.
+    """
+    record = attachments_of(model)
+    names = list(record.plans) if name is None else [name]
+    for gone in names:
+        require_attached(model, gone)
+        key = module_key(gone)
+        for layer in adapted_layers(model):
+            if key in layer.factors:
+                del layer.factors[key]
+        for module in overridden_modules(model):
+            if key in module.overrides:
+                del module.overrides[key]
+        del record.plans[gone]
+        record.passports.pop(gone, None)
+        _forget(record, gone)
+    _put_back(model)
+    if not record.plans:
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(record.required_grad.get(parameter_name, True))
+        end_attachments(model)
+
+
+def _forget(record: Attachments, name: str) -> None:
+    """Take a name out of the routing; a merged one stays in the weights for good."""
+    routing = record.routing
+    if name in routing.merged:
+        routing.merged.remove(name)
+        if not routing.merged:
+            record.kept = []
+            record.untied_config = None
+            record.base_fingerprint = None
+    if routing.active == name or (isinstance(routing.active, tuple) and name in routing.active):
+        routing.active = None
+
+
+def _put_back(model: nn.Module) -> None:
+    holders = places(model)
+    for wrapper in [m for m in model.modules() if isinstance(m, Wrapper)]:
+        empty = (isinstance(wrapper, AdaptedLayer) and not len(wrapper.factors)) or (
+            isinstance(wrapper, OverriddenModule) and not len(wrapper.overrides)
+        )
+        if empty:
+            _replace(holders, wrapper, wrapper.base)

@@ -1,0 +1,367 @@
+"""Between a live model and a model-free Adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.adapter import Adapter, Factors
+from lorakit.adapters.attach import attach, detach
+from lorakit.adapters.attachments import (
+    adapted_layers,
+    attachments_of,
+    check_name,
+    find_attachments,
+    overridden_modules,
+    refuse_merged,
+    require_attached,
+)
+from lorakit.adapters.fingerprint import Fingerprint, fingerprint
+from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site, whole_modules
+from lorakit.adapters.targets import base_modules, matches
+from lorakit.errors import AdapterFileError, BaseMismatchError, LorakitWarning, nearest
+from lorakit.layers.kinds import kind_of
+
+_SHOWN = 12
+
+
+def adapter_from_model(
+    model: nn.Module, name: str = "default", *, passport: Mapping[str, Any] | None = None
+) -> Adapter:
+    """Copy an attached adapter out of the model; changes nothing.
+
+    Args:
+        model: a model with the adapter attached.
+        name: the adapter.
+        passport: what else is known of it (data, metrics ...); the base's fingerprint, the
+            architecture and the method are filled in.
+
+    Raises:
+        StateError: no adapter of that name is attached.
+    """
+    plan = require_attached(model, name)
+    record = attachments_of(model)
+    factors: dict[str, Factors] = {}
+    biases: dict[str, Tensor] = {}
+    by_module = plan.modules()
+    for layer in adapted_layers(model):
+        branch = layer.branch_of(name)
+        if branch is None:
+            continue
+        for site, update in zip(by_module[layer.name], branch.updates(), strict=True):
+            factors[site.name] = Factors(
+                A=_copy(update.lora_A),
+                B=_copy(update.lora_B),
+                alpha=site.alpha,
+                scaling=site.scaling,
+                kind=site.kind,
+                module=site.module,
+                rows=site.rows,
+            )
+        if branch.bias is not None:
+            biases[layer.name] = _copy(branch.bias)
+    overrides: dict[str, Tensor] = {}
+    for module in overridden_modules(model):
+        override = module.override_of(name)
+        for parameter, value in override.tensors().items() if override else ():
+            overrides[f"{module.name}.{parameter}"] = _copy(value)
+    known = dict(record.passports.get(name, {}))
+    known.update(passport or {})
+    known["base"] = _base_facts(model, whole_modules(plan))
+    return Adapter(
+        spec=plan.spec,
+        factors=factors,
+        biases=biases,
+        overrides=overrides,
+        passport=known,
+        target_modules=_short_names(model, list(by_module)),
+        config=_foreign_facts(model),
+    )
+
+
+def bind_adapter(
+    model: nn.Module, adapter: Adapter, name: str = "default", *, any_base: bool = False
+) -> AdapterPlan:
+    """Attach an adapter and give it its values; strict both ways, and active afterwards.
+
+    Mutates `model`. If anything does not bind, nothing is attached.
+
+    Args:
+        model: the base it was made for.
+        adapter: what to bind.
+        name: its name on this model.
+        any_base: bind even if the passport says that the base is another one.
+
+    Raises:
+        AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
+        BaseMismatchError: the passport names another base.
+        StateError: the name is taken or cannot be one.
+    """
+    check_name(name)
+    refuse_merged(model)
+    plan = _plan_for(model, adapter)
+    if not any_base:
+        _check_base(model, adapter)
+    attach(model, plan, name)
+    try:
+        _fill(model, adapter, name)
+    except BaseException:
+        detach(model, name)
+        raise
+    attachments_of(model).passports[name] = dict(adapter.passport)
+    if _changes_nothing(adapter):
+        warnings.warn(
+            f"adapter {name!r} binds but changes nothing: every B A is zero",
+            LorakitWarning,
+            stacklevel=2,
+        )
+    return plan
+
+
+def _changes_nothing(adapter: Adapter) -> bool:
+    if adapter.biases or adapter.overrides:
+        return False
+    return all(not bool(f.A.any()) or not bool(f.B.any()) for f in adapter.factors.values())
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _base_facts(model: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
+    record = find_attachments(model)
+    if record is not None and record.base_fingerprint is not None:
+        found = record.base_fingerprint
+    else:
+        found = fingerprint(model, left_out=left_out).to_json()
+    config: Any = getattr(model, "config", None)
+    return {
+        **found,
+        "name": str(getattr(config, "name_or_path", "") or ""),
+        "architecture": type(model).__name__,
+        "model_type": str(getattr(config, "model_type", "")),
+    }
+
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def _foreign_facts(model: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    class_name = type(model).__name__
+    task = next((task for ending, task in _TASKS.items() if class_name.endswith(ending)), None)
+    return {
+        "base_model_name_or_path": getattr(config, "name_or_path", None) or None,
+        "task_type": task,
+    }
+
+
+def _short_names(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
+    """Leaf names, if they mean exactly the adapted modules; full names otherwise."""
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in adapted)
+    meant = {n for n in base_modules(model) if n.rpartition(".")[2] in leaves}
+    return tuple(leaves) if meant == set(adapted) else tuple(adapted)
+
+
+def _plan_for(model: nn.Module, adapter: Adapter) -> AdapterPlan:
+    modules = base_modules(model)
+    problems: list[str] = []
+    sites: list[Site] = []
+    for name, factors in adapter.factors.items():
+        site = _site_for(model, modules, name, factors, name_bias=factors.module in adapter.biases)
+        if isinstance(site, str):
+            problems.append(site)
+        else:
+            sites.append(site)
+    problems += _bias_problems(modules, adapter.biases)
+    overrides = _override_sites(modules, adapter.overrides, problems)
+    problems += _not_finite(adapter)
+    problems += _changed_base(modules, adapter)
+    problems += _missing(modules, adapter)
+    if problems:
+        raise _binding_error(model, adapter, problems, bound=len(sites))
+    return AdapterPlan(
+        spec=adapter.spec,
+        sites=tuple(sites),
+        overrides=overrides,
+        bias_sizes={module: bias.numel() for module, bias in adapter.biases.items()},
+    )
+
+
+def _binding_error(
+    model: nn.Module, adapter: Adapter, problems: list[str], *, bound: int
+) -> AdapterFileError:
+    shown = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        shown.append(f"... and {len(problems) - _SHOWN} more")
+    nothing = not bound and bool(adapter.factors)
+    return AdapterFileError(
+        "nothing of this adapter binds to the model"
+        if nothing
+        else f"{len(problems)} tensors do not bind",
+        where=type(model).__name__,
+        found="\n            ".join(shown),
+        remedy="load the base this adapter was made for"
+        + (f" ({adapter.config['base_model_name_or_path']})" if _base_name(adapter) else ""),
+    )
+
+
+def _base_name(adapter: Adapter) -> str | None:
+    return adapter.config.get("base_model_name_or_path")
+
+
+def _site_for(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    name: str,
+    factors: Factors,
+    *,
+    name_bias: bool,
+) -> Site | str:
+    module = modules.get(factors.module)
+    if module is None:
+        close = nearest(factors.module, modules, n=1)
+        hint = f" (nearest: {close[0]})" if close else ""
+        return f"extra: {name}: the model has no such module{hint}"
+    kind = kind_of(module)
+    reason = kind.refusal(module) if kind else f"{type(module).__name__} cannot be adapted"
+    if kind is None or reason:
+        return f"extra: {name}: {reason}"
+    shape = kind.shape(module)
+    if factors.rows is not None:
+        if factors.rows.whole != shape[0]:
+            return (
+                f"misshapen: {name}: parts of {factors.rows.whole} rows, the layer has {shape[0]}"
+            )
+        shape = (factors.rows.size, *shape[1:])
+    expected = kind.factor_shapes(shape, factors.r)
+    found = (tuple(factors.A.shape), tuple(factors.B.shape))
+    if found != expected:
+        return f"misshapen: {name}: expected A {expected[0]}, B {expected[1]}, found {found}"
+    return Site(
+        name=name,
+        module=factors.module,
+        kind=kind.name,
+        shape=shape,
+        r=factors.r,
+        alpha=factors.alpha,
+        scaling=factors.scaling,
+        rows=factors.rows,
+        bias=name_bias,
+    )
+
+
+def _bias_problems(modules: Mapping[str, nn.Module], biases: Mapping[str, Tensor]) -> list[str]:
+    problems: list[str] = []
+    for name, bias in biases.items():
+        module = modules.get(name)
+        own = dict(module.named_parameters(recurse=False)).get("bias") if module else None
+        if own is None:
+            problems.append(f"extra: {name}.bias: the model has no such bias")
+        elif own.shape != bias.shape:
+            problems.append(
+                f"misshapen: {name}.bias: expected {tuple(own.shape)}, found {tuple(bias.shape)}"
+            )
+    return problems
+
+
+def _override_sites(
+    modules: Mapping[str, nn.Module], overrides: Mapping[str, Tensor], problems: list[str]
+) -> tuple[OverrideSite, ...]:
+    """Group replaced parameters by the module that owns them."""
+    grouped: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, value in overrides.items():
+        owner, _, leaf = name.rpartition(".")
+        module = modules.get(owner)
+        parameter = dict(module.named_parameters(recurse=False)).get(leaf) if module else None
+        if parameter is None:
+            problems.append(f"extra: {name}: the model has no such parameter")
+        elif parameter.shape != value.shape:
+            problems.append(
+                f"misshapen: {name}: expected {tuple(parameter.shape)}, found {tuple(value.shape)}"
+            )
+        else:
+            grouped.setdefault(owner, {})[leaf] = tuple(value.shape)
+    return tuple(OverrideSite(module=m, shapes=shapes) for m, shapes in grouped.items())
+
+
+def _not_finite(adapter: Adapter) -> list[str]:
+    named: list[tuple[str, Tensor]] = []
+    for name, factors in adapter.factors.items():
+        named += [(f"{name} A", factors.A), (f"{name} B", factors.B)]
+    named += [*adapter.biases.items(), *adapter.overrides.items()]
+    return [f"not finite: {name}" for name, t in named if not bool(torch.isfinite(t).all())]
+
+
+def _changed_base(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Weights that a foreign file carries along and that are not this base's own."""
+    problems: list[str] = []
+    for name, weight in adapter.base_weights.items():
+        own = modules[name].get_parameter("weight") if name in modules else None
+        if own is None or own.shape != weight.shape:
+            problems.append(f"extra: {name}.base_layer.weight: does not fit the base")
+        elif not torch.allclose(own.detach().float().cpu(), weight.float(), rtol=2**-7, atol=1e-6):
+            problems.append(f"extra: {name}.base_layer.weight: the file carries a changed weight")
+    return problems
+
+
+def _missing(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Layers that the adapter says it adapts, and for which it brings nothing."""
+    if not adapter.target_modules:
+        return []
+    present = set(adapter.modules())
+    beside = {name.rpartition(".")[0] for name in adapter.overrides}
+    missing: list[str] = []
+    for name, module in modules.items():
+        wanted = any(matches(target, name) for target in adapter.target_modules)
+        if not wanted or name in present or kind_of(module) is None:
+            continue
+        if not any(name == b or name.startswith(b + ".") for b in beside):
+            missing.append(f"missing: {name}: targeted, but the file has no tensors for it")
+    return missing
+
+
+def _check_base(model: nn.Module, adapter: Adapter) -> None:
+    facts = adapter.passport.get("base")
+    if not isinstance(facts, Mapping) or "samples" not in facts:
+        return
+    made_on = Fingerprint.from_json(facts)
+    here = fingerprint(model, left_out=made_on.left_out)
+    difference = made_on.difference(here)
+    if difference:
+        raise BaseMismatchError(
+            "this adapter was made for another base model",
+            expected=f"{facts.get('name') or 'unnamed'} ({made_on.sha256[:12]})",
+            found=f"{_foreign_facts(model)['base_model_name_or_path'] or 'unnamed'} "
+            f"({here.sha256[:12]}): {difference}",
+            remedy="load that base, or ask for any base by name: any_base=True, --any-base",
+        )
+
+
+def _fill(model: nn.Module, adapter: Adapter, name: str) -> None:
+    with torch.no_grad():
+        for layer in adapted_layers(model):
+            branch = layer.branch_of(name)
+            if branch is None:
+                continue
+            mine = adapter.modules()[layer.name].values()
+            for update, factors in zip(branch.updates(), mine, strict=True):
+                update.lora_A.copy_(factors.A)
+                update.lora_B.copy_(factors.B)
+            if branch.bias is not None:
+                branch.bias.copy_(adapter.biases[layer.name])
+        for module in overridden_modules(model):
+            override = module.override_of(name)
+            for parameter, value in override.tensors().items() if override else ():
+                value.copy_(adapter.overrides[f"{module.name}.{parameter}"])

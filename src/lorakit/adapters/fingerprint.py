@@ -1,0 +1,139 @@
+"""Which base an adapter was made on: a fingerprint that holds across load dtypes.
+
+A few values are sampled from every parameter at fixed places, rounded to bfloat16, and hashed with
+the names and shapes. float32 and bfloat16 loads of one checkpoint give the same bytes. float16 may
+round a value twice, so its samples are compared with a tolerance instead.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.targets import base_modules
+
+SAMPLES_PER_TENSOR = 16
+_FLOAT16_SMALLEST_NORMAL = 2.0**-14
+_BF16_STEP = 2.0**-7
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """The identity of a base model.
+
+    Attributes:
+        sha256: of names, shapes and samples.
+        layout_sha256: of names and shapes alone.
+        num_tensors: parameters that were sampled.
+        left_out: modules whose parameters do not count (heads that are trained beside).
+        dtype: the dtype most parameters had.
+        samples: bfloat16 values, base64.
+    """
+
+    sha256: str
+    layout_sha256: str
+    num_tensors: int
+    left_out: tuple[str, ...]
+    dtype: str
+    samples: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "sha256": self.sha256,
+            "layout_sha256": self.layout_sha256,
+            "num_tensors": self.num_tensors,
+            "left_out": list(self.left_out),
+            "dtype": self.dtype,
+            "samples": self.samples,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Fingerprint:
+        """Read plain values; a missing key is a KeyError."""
+        return cls(
+            sha256=str(values["sha256"]),
+            layout_sha256=str(values["layout_sha256"]),
+            num_tensors=int(values["num_tensors"]),
+            left_out=tuple(values["left_out"]),
+            dtype=str(values["dtype"]),
+            samples=str(values["samples"]),
+        )
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """Why the two are not the same base, in a few words, or None when they are."""
+        if self.sha256 == other.sha256:
+            return None
+        if self.layout_sha256 != other.layout_sha256:
+            return f"other layers or shapes ({self.num_tensors} and {other.num_tensors} tensors)"
+        mine, theirs = self._values(), other._values()
+        if "float16" in (self.dtype, other.dtype) and _close(mine, theirs):
+            return None
+        share = float((mine != theirs).double().mean())
+        return f"same layers, other weights ({share:.0%} of the sampled values differ)"
+
+    def _values(self) -> Tensor:
+        data = bytearray(base64.b64decode(self.samples))
+        return torch.frombuffer(data, dtype=torch.bfloat16).float()
+
+
+def fingerprint(model: nn.Module, *, left_out: Sequence[str] = ()) -> Fingerprint:
+    """Sample the base's parameters; under a second per gigabyte, changes nothing.
+
+    Args:
+        model: a dense model, with or without adapters attached (none merged).
+        left_out: modules whose parameters do not count.
+    """
+    layout = hashlib.sha256()
+    chunks: list[Tensor] = []
+    dtypes: dict[str, int] = {}
+    for name, parameter in sorted(_base_parameters(model, tuple(left_out))):
+        layout.update(f"{name}{tuple(parameter.shape)}\n".encode())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        dtypes[dtype] = dtypes.get(dtype, 0) + parameter.numel()
+        chunks.append(_sample(parameter))
+    samples = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.bfloat16)
+    data = samples.view(torch.uint8).numpy().tobytes() if len(samples) else b""
+    whole = hashlib.sha256(layout.digest() + data)
+    return Fingerprint(
+        sha256=whole.hexdigest(),
+        layout_sha256=layout.hexdigest(),
+        num_tensors=len(chunks),
+        left_out=tuple(left_out),
+        dtype=max(dtypes, key=lambda d: dtypes[d]) if dtypes else "none",
+        samples=base64.b64encode(data).decode(),
+    )
+
+
+def _base_parameters(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for module_name, module in base_modules(model).items():
+        if any(module_name == skip or module_name.startswith(skip + ".") for skip in left_out):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and parameter.is_floating_point():
+                seen.add(id(parameter))
+                yield (f"{module_name}.{name}" if module_name else name), parameter
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    flat = parameter.detach().reshape(-1)
+    count = min(SAMPLES_PER_TENSOR, len(flat))
+    # Spread over the tensor and off its regular grid, so that rows and columns are both visited.
+    places = [
+        (i * len(flat)) // count + (i * 7919) % max(1, len(flat) // count) for i in range(count)
+    ]
+    index = torch.tensor(places, device=flat.device)
+    return flat[index].to(torch.bfloat16).cpu()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tiny = (a.abs() < _FLOAT16_SMALLEST_NORMAL) & (b.abs() < 2 * _FLOAT16_SMALLEST_NORMAL)
+    near = (a - b).abs() <= _BF16_STEP * torch.maximum(a.abs(), b.abs())
+    return bool((tiny | near).all())

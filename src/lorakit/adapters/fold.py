@@ -1,0 +1,159 @@
+"""Merge an adapter into live weights, and take it out again bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.attachments import (
+    Attachments,
+    adapted_layers,
+    attachments_of,
+    overridden_modules,
+    refuse_merged,
+    require_attached,
+)
+from lorakit.adapters.fingerprint import fingerprint
+from lorakit.adapters.plan import whole_modules
+from lorakit.errors import MergeError, StateError
+from lorakit.layers.adapted import AdaptedLayer
+from lorakit.weights.base import BaseWeight
+from lorakit.weights.dense import DenseWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        num_weights: weights written.
+        kept_bytes: memory the kept originals take until `unmerge` or `detach`, in bytes.
+        untied: modules that got a weight of their own because theirs was shared.
+    """
+
+    num_weights: int
+    kept_bytes: int
+    untied: tuple[str, ...]
+
+
+def merge(model: nn.Module, name: str = "default") -> Merged:
+    """Fold an adapter into the base weights: W = W0 + s B A, added in float32, stored as W0 was.
+
+    The model then runs at the base's speed, with this adapter on for every row. Mutates `model`;
+    the adapter itself is not changed. The original parameters are kept so that `unmerge` restores
+    the very bits: this costs the memory of the touched weights once more (`kept_bytes`). A weight
+    shared with another module is untied, and the configuration says so.
+
+    Args:
+        model: a model with the adapter attached.
+        name: the adapter.
+
+    Raises:
+        StateError: not attached, or another adapter is merged already.
+        MergeError: a merged weight would not be finite; nothing is changed.
+    """
+    plan = require_attached(model, name)
+    refuse_merged(model)
+    record = attachments_of(model)
+    base = fingerprint(model, left_out=whole_modules(plan)).to_json()
+    untied = tuple(_shared_with_others(model, name))
+    written: list[tuple[BaseWeight, object]] = []
+    kept_bytes = 0
+    try:
+        for where, weight, value in _merged_values(model, name):
+            if not bool(torch.isfinite(value).all()):
+                raise MergeError("a merged weight is not finite", where=where)
+            kept_bytes += weight.kept_bytes()
+            written.append((weight, weight.keep()))
+            weight.write(value)
+    except BaseException:
+        _restore(written)
+        raise
+    record.kept = written
+    record.base_fingerprint = base
+    record.routing.merged.append(name)
+    record.routing.active = name
+    if untied:
+        _untie(model, record)
+    return Merged(num_weights=len(written), kept_bytes=kept_bytes, untied=untied)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Bring back the weights that were there before `merge`, bit for bit; mutates `model`.
+
+    The adapter that was merged stays attached and active.
+
+    Raises:
+        StateError: nothing is merged.
+    """
+    record = attachments_of(model)
+    if not record.routing.merged:
+        raise StateError("no adapter is merged", remedy="merge(model, name) first")
+    _restore(record.kept)
+    record.kept = []
+    record.base_fingerprint = None
+    record.routing.merged.clear()
+    if record.untied_config is not None:
+        record.untied_config.tie_word_embeddings = True
+        record.untied_config = None
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """W0 + delta, added in float32 (or wider), rounded once to W0's dtype.
+
+    Args:
+        weight: W0, any floating dtype.
+        delta: s B A, float32, same shape.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
+
+
+def _merged_values(model: nn.Module, name: str) -> Iterator[tuple[str, BaseWeight, Tensor]]:
+    for layer in adapted_layers(model):
+        branch = layer.branch_of(name)
+        if branch is None:
+            continue
+        weight = DenseWeight(layer.base)
+        yield layer.name, weight, merged_weight(weight.read(), layer.delta(name))
+        if branch.bias is not None:
+            yield f"{layer.name}.bias", DenseWeight(layer.base, "bias"), branch.bias.detach()
+    for module in overridden_modules(model):
+        override = module.override_of(name)
+        if override is not None:
+            for parameter, value in override.tensors().items():
+                where = f"{module.name}.{parameter}"
+                yield where, DenseWeight(module.base, parameter), value.detach()
+
+
+def _restore(written: list[tuple[BaseWeight, object]]) -> None:
+    for weight, kept in reversed(written):
+        weight.restore(kept)
+
+
+def _shared_with_others(model: nn.Module, name: str) -> Iterator[str]:
+    """Names of changed modules whose weight another module holds too."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for wrapper in [*adapted_layers(model), *overridden_modules(model)]:
+        changes = (
+            wrapper.branch_of(name)
+            if isinstance(wrapper, AdaptedLayer)
+            else wrapper.override_of(name)
+        )
+        if changes is not None and any(owners[id(p)] > 1 for p in wrapper.base.parameters()):
+            yield wrapper.name
+
+
+def _untie(model: nn.Module, record: Attachments) -> None:
+    """Say in the configuration that nothing is tied any more, or a reload would tie it again."""
+    config: Any = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        record.untied_config = config

@@ -1,0 +1,292 @@
+"""The plan: every site and every parameter of an adapter, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
+from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
+from lorakit.layers.kinds import KINDS, Shape
+from lorakit.layers.rows import Rows
+from lorakit.weights.dense import is_dense
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One resolved target.
+
+    Attributes:
+        name: the module's name, with the part behind it for a fused projection (`h.0.c_attn.q`).
+        module: the module's name.
+        kind: the geometry, a key of `lorakit.layers.kinds.KINDS`.
+        shape: (out, in), kernel sizes behind for a convolution; out is the part's own size.
+        r: the rank.
+        alpha: the numerator of the scaling.
+        scaling: the factor in front of BA.
+        rows: the part's rows of the fused output, or None.
+        bias: whether the module's bias is trained beside.
+    """
+
+    name: str
+    module: str
+    kind: str
+    shape: Shape
+    r: int
+    alpha: float
+    scaling: float
+    rows: Rows | None = None
+    bias: bool = False
+
+    def num_params(self) -> int:
+        """Learned numbers in A and B; the bias belongs to the module, see AdapterPlan."""
+        A, B = KINDS[self.kind].factor_shapes(self.shape, self.r)
+        return math.prod(A) + math.prod(B)
+
+    @property
+    def part(self) -> str | None:
+        """The part's name (`q`), or None for a whole module."""
+        return None if self.rows is None else self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class OverrideSite:
+    """Parameters of one module that the adapter replaces as a whole.
+
+    Attributes:
+        module: the module's name.
+        shapes: parameter name inside the module -> shape.
+    """
+
+    module: str
+    shapes: Mapping[str, Shape]
+
+    def num_params(self) -> int:
+        """Learned numbers."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """What `attach` will do; planned count = real count by construction.
+
+    Attributes:
+        spec: the request.
+        sites: the low-rank updates, in the model's order.
+        overrides: modules and biases trained beside.
+        bias_sizes: adapted module -> size of its bias, where the bias is trained.
+        notes: what the user should know, one sentence each.
+    """
+
+    spec: LoraSpec
+    sites: tuple[Site, ...]
+    overrides: tuple[OverrideSite, ...] = ()
+    bias_sizes: Mapping[str, int] | None = None
+    notes: tuple[str, ...] = ()
+
+    def num_params(self) -> int:
+        """All learned numbers."""
+        low_rank = sum(site.num_params() for site in self.sites)
+        biases = sum((self.bias_sizes or {}).values())
+        return low_rank + biases + sum(o.num_params() for o in self.overrides)
+
+    def modules(self) -> dict[str, list[Site]]:
+        """Adapted module -> its sites (several for the parts of a fused projection)."""
+        grouped: dict[str, list[Site]] = {}
+        for site in self.sites:
+            grouped.setdefault(site.module, []).append(site)
+        return grouped
+
+
+def whole_modules(plan: AdapterPlan) -> tuple[str, ...]:
+    """Modules trained as a whole: their own weights say nothing about the base."""
+    return tuple(site.module for site in plan.overrides if set(site.shapes) != {"bias"})
+
+
+def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
+    """Resolve a spec against a model; changes nothing and works on the meta device.
+
+    Args:
+        model: any nn.Module; transformers models get presets and fused parts.
+        spec: the request.
+
+    Returns:
+        The plan. What the user should know is in its notes and is also warned about.
+
+    Raises:
+        TargetError: a target, pattern or module name matches nothing or cannot be adapted.
+        SpecError: the spec asks for what cannot be done here, with the reason.
+    """
+    if spec.update != "lora":
+        raise SpecError(
+            f"the update rule {spec.update!r} is not available in this version",
+            where="update",
+            expected="'lora'",
+        )
+    found = resolve_targets(model, spec.targets)
+    _refuse_unstorable(found)
+    sites = tuple(_site(candidate, spec) for candidate in found)
+    _check_patterns("rank_pattern", spec.rank_pattern, sites)
+    _check_patterns("alpha_pattern", spec.alpha_pattern, sites)
+    modules = base_modules(model)
+    beside = _also_train(spec, modules, {site.module for site in sites})
+    biases = _other_biases(spec, modules, sites, beside)
+    notes = [*_rank_notes(sites), *_tie_notes(modules, sites, beside)]
+    for note in notes:
+        warnings.warn(note, LorakitWarning, stacklevel=2)
+    return AdapterPlan(
+        spec=spec,
+        sites=sites,
+        overrides=(*beside, *biases),
+        bias_sizes={s.module: _bias_size(modules[s.module]) for s in sites if s.bias},
+        notes=tuple(notes),
+    )
+
+
+def _refuse_unstorable(found: list[Candidate]) -> None:
+    for candidate in found:
+        if not is_dense(candidate.module):
+            raise TargetError(
+                "the layer's weight is not an ordinary floating-point parameter",
+                where=candidate.name,
+                expected="a dense float weight",
+                found=type(candidate.module).__name__,
+                remedy="load the base dense: load_model(..., quantize=None)",
+            )
+
+
+def _site(candidate: Candidate, spec: LoraSpec) -> Site:
+    r = pattern_value(spec.rank_pattern, candidate.name, spec.r)
+    alpha = pattern_value(spec.alpha_pattern, candidate.name, spec.alpha)
+    shape = candidate.kind.shape(candidate.module)
+    if candidate.rows is not None:
+        shape = (candidate.rows.size, *shape[1:])
+    has_bias = "bias" in dict(candidate.module.named_parameters(recurse=False))
+    return Site(
+        name=candidate.name,
+        module=candidate.module_name,
+        kind=candidate.kind.name,
+        shape=shape,
+        r=r,
+        alpha=float(alpha),
+        scaling=spec.scale(r=r, alpha=alpha),
+        rows=candidate.rows,
+        bias=spec.bias != "none" and has_bias,
+    )
+
+
+def pattern_value(pattern: Mapping[str, V], name: str, default: V) -> V:
+    """The value of the first key that matches the site's name, as in PEFT."""
+    return next((value for key, value in pattern.items() if matches(key, name)), default)
+
+
+def _check_patterns(field: str, pattern: Mapping[str, object], sites: Iterable[Site]) -> None:
+    names = [site.name for site in sites]
+    for key in pattern:
+        if not any(matches(key, name) for name in names):
+            leaves = {name.rpartition(".")[2] for name in names}
+            close = nearest(key.rpartition(".")[2], leaves) or sorted(leaves)[:8]
+            raise TargetError(
+                f"a key of {field} matches no target",
+                where=f"{field}[{key!r}]",
+                expected="the name, suffix or expression of something that is targeted",
+                remedy=f"the targets here are {', '.join(close)}",
+            )
+
+
+def _also_train(
+    spec: LoraSpec, modules: Mapping[str, nn.Module], adapted: set[str]
+) -> list[OverrideSite]:
+    chosen: dict[str, OverrideSite] = {}
+    for pattern in spec.also_train:
+        names = [name for name in modules if name and matches(pattern, name)]
+        if not names:
+            leaves = {name.rpartition(".")[2] for name in modules if name}
+            close = nearest(pattern.rpartition(".")[2], leaves)
+            raise TargetError(
+                "a module to train beside matches nothing",
+                where=f"also_train: {pattern!r}",
+                remedy=f"the nearest names are {', '.join(close)}" if close else None,
+            )
+        for name in names:
+            inside = [a for a in adapted if a == name or a.startswith(name + ".")]
+            if inside:
+                raise TargetError(
+                    "a module is both adapted and trained as a whole",
+                    where=f"also_train: {pattern!r}",
+                    found=", ".join(inside[:4]),
+                    remedy="keep one of the two",
+                )
+            shapes = {n: tuple(p.shape) for n, p in modules[name].named_parameters()}
+            if not shapes:
+                raise TargetError(
+                    "a module to train beside has no parameters",
+                    where=f"also_train: {pattern!r}",
+                    found=f"{name} is {type(modules[name]).__name__}",
+                )
+            chosen[name] = OverrideSite(module=name, shapes=shapes)
+    nested = [n for n in chosen if any(n.startswith(other + ".") for other in chosen)]
+    return [site for name, site in chosen.items() if name not in nested]
+
+
+def _other_biases(
+    spec: LoraSpec,
+    modules: Mapping[str, nn.Module],
+    sites: Iterable[Site],
+    beside: Iterable[OverrideSite],
+) -> list[OverrideSite]:
+    """For bias="all": every bias that belongs neither to a target nor to a module beside."""
+    if spec.bias != "all":
+        return []
+    taken = {site.module for site in sites}
+    whole = [site.module for site in beside]
+    result: list[OverrideSite] = []
+    for name, module in modules.items():
+        if name in taken or any(name == w or name.startswith(w + ".") for w in whole):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter_name == "bias":
+                result.append(OverrideSite(module=name, shapes={"bias": tuple(parameter.shape)}))
+    return result
+
+
+def _bias_size(module: nn.Module) -> int:
+    return module.get_parameter("bias").numel()
+
+
+def _rank_notes(sites: Iterable[Site]) -> list[str]:
+    too_high = [s for s in sites if s.r > min(s.shape[0], math.prod(s.shape[1:]))]
+    if not too_high:
+        return []
+    first = too_high[0]
+    return [
+        f"the rank exceeds the size of {len(too_high)} matrices, first {first.name}: r={first.r} "
+        f"on {first.shape[0]} x {math.prod(first.shape[1:])}; a smaller rank loses nothing"
+    ]
+
+
+def _tie_notes(
+    modules: Mapping[str, nn.Module], sites: Iterable[Site], beside: Iterable[OverrideSite]
+) -> list[str]:
+    """Say which adapted weights are shared, and that merging will untie them."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter_name == "weight":
+                owners.setdefault(id(parameter), []).append(name)
+    tied = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    changed = [site.module for site in sites] + [site.module for site in beside]
+    return [
+        f"{name} shares its weight with {', '.join(n for n in tied[name] if n != name)}: the "
+        f"adapter changes {name} only, and a merge gives it a weight of its own"
+        for name in dict.fromkeys(changed)
+        if name in tied
+    ]

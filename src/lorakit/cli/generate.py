@@ -1,0 +1,138 @@
+"""`lorakit generate`: greedy answers to one prompt, or to a file of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from rich.text import Text
+
+from lorakit.adapters.attach import use
+from lorakit.cli import console
+from lorakit.cli.session import Session, add_model_arguments, open_session
+from lorakit.data.options import SftOptions
+from lorakit.data.rows import Rows
+from lorakit.data.sft import render_prompt
+from lorakit.data.sources import load_rows
+from lorakit.errors import RequestError
+from lorakit.evaluate.generate import Answer, generate_answers
+from lorakit.report.numbers import format_duration
+
+SUMMARY = "answer one prompt, or a file of prompts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lorakit generate`."""
+    parser.add_argument("prompt", nargs="?", help="the prompt, one user turn")
+    add_model_arguments(parser)
+    parser.add_argument("--file", metavar="DATA", help="answer every row of a data file instead")
+    parser.add_argument("--limit", type=int, help="only the first rows of the file")
+    parser.add_argument("--system", help="a system turn before the prompt")
+    parser.add_argument("--plain", action="store_true", help="no chat template: continue the text")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--compare", action="store_true", help="let the base answer too, beside the adapter"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer, and print each answer; returns the exit code."""
+    rows = _rows(args)
+    options = SftOptions(system=args.system, template="none" if args.plain else "auto")
+    session = open_session(args)
+    prompts = [
+        render_prompt(row, session.tokenizer, options, where=rows.origin(index))
+        for index, row in enumerate(rows)
+    ]
+    systems = session.systems if args.compare else dict([list(session.systems.items())[-1]])
+    started = time.monotonic()
+    answers = {
+        label: _answers(session, adapter, prompts, args) for label, adapter in systems.items()
+    }
+    seconds = time.monotonic() - started
+    if args.json:
+        console.print_json(_record(session, rows, answers, seconds))
+    else:
+        _show(session, prompts, answers, seconds)
+    return 0
+
+
+def _rows(args: argparse.Namespace) -> Rows:
+    if (args.prompt is None) == (args.file is None):
+        raise RequestError(
+            "one prompt is needed, or one file of prompts",
+            where="the command line",
+            expected="PROMPT, or --file DATA",
+            found="both" if args.prompt is not None else "neither",
+        )
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise RequestError(
+            "--max-new-tokens and --batch-size must be at least 1", where="the command line"
+        )
+    if args.file is not None:
+        return load_rows(args.file, limit=args.limit)
+    return load_rows([{"prompt": args.prompt}])
+
+
+def _answers(
+    session: Session, adapter: str | None, prompts: list[list[int]], args: argparse.Namespace
+) -> list[Answer]:
+    with use(session.model, adapter):
+        return generate_answers(
+            session.model,
+            session.tokenizer,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+        )
+
+
+def _record(
+    session: Session, rows: Rows, answers: dict[str, list[Answer]], seconds: float
+) -> dict[str, Any]:
+    return {
+        "model": session.ref,
+        "data": rows.source,
+        "answers": [
+            {
+                "origin": rows.origin(index),
+                **{
+                    label: {
+                        "text": found[index].text,
+                        "num_tokens": found[index].num_tokens,
+                        "finished": found[index].finished,
+                    }
+                    for label, found in answers.items()
+                },
+            }
+            for index in range(len(rows))
+        ],
+        "seconds": round(seconds, 3),
+    }
+
+
+def _show(
+    session: Session, prompts: list[list[int]], answers: dict[str, list[Answer]], seconds: float
+) -> None:
+    labelled = len(answers) > 1
+    if len(prompts) == 1 and not labelled:
+        (found,) = answers.values()
+        console.print_text(found[0].text)
+    else:
+        for index, prompt in enumerate(prompts):
+            asked = str(session.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+            console.stdout().print(Text(asked, style="dim"))
+            for label, found in answers.items():
+                prefix = f"{label}: " if labelled else ""
+                console.stdout().print(Text(prefix, style="bold") + Text(found[index].text))
+            console.stdout().print()
+    everything = [answer for found in answers.values() for answer in found]
+    num_tokens = sum(answer.num_tokens for answer in everything)
+    console.note(
+        f"{num_tokens:,} tokens in {format_duration(seconds)} ({num_tokens / seconds:.0f} tokens/s)"
+    )
+    cut = sum(not answer.finished for answer in everything)
+    if cut:
+        console.note(f"{cut} of {len(everything)} answers were cut at --max-new-tokens")

@@ -1,0 +1,170 @@
+"""The entry point: find the verb, parse, run, and turn every outcome into an exit code.
+
+Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NoReturn, Protocol, TextIO, cast
+
+from lorakit.cli import console
+from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
+
+# Only the chosen verb's module is imported: the help must not wait for torch.
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("lorakit.cli.demo", "teach a small real model a task and prove it, in minutes"),
+    "doctor": ("lorakit.cli.doctor", "show what a config would train on, before it trains"),
+    "plan": ("lorakit.cli.plan", "count the parameters and bytes of an adapter, nothing loaded"),
+    "train": ("lorakit.cli.train", "train an adapter from a YAML config"),
+    "eval": ("lorakit.cli.eval", "compare the base and an adapter on a data file"),
+    "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),
+    "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
+    "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),
+    "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),
+    "report": ("lorakit.cli.report", "write one HTML file from what a run left"),
+}
+
+INTERRUPTED = 130
+
+
+class Verb(Protocol):
+    """What the module of a verb offers."""
+
+    SUMMARY: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the verb's arguments; --json is already there."""
+        ...
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do the work and print the result; returns the exit code."""
+        ...
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as a RequestError, like every other wrong request."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(
+            message,
+            where="the command line",
+            expected=" ".join(self.format_usage().removeprefix("usage: ").split()),
+            remedy=f"see: {self.prog} --help",
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code.
+
+    Args:
+        argv: the arguments without the program's name; by default the process's own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    try:
+        return _dispatch(words, as_json)
+    except LorakitError as error:
+        return _failed(error, as_json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Without this, Python complains again when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as leaving:
+        # argparse leaves like this after --help.
+        return leaving.code if isinstance(leaving.code, int) else 0
+
+
+def _dispatch(words: list[str], as_json: bool) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if not words:
+        print(_overview(), file=sys.stderr)
+        return RequestError.exit_code
+    if words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"lorakit {importlib.metadata.version('lorakit')}")
+        return 0
+    return _run_verb(words[0], words[1:], as_json)
+
+
+def _run_verb(name: str, words: list[str], as_json: bool) -> int:
+    if name not in VERBS:
+        close = nearest(name, VERBS)
+        raise RequestError(
+            f"there is no verb {name!r}",
+            where="the command line",
+            expected=", ".join(VERBS),
+            remedy=f"did you mean: lorakit {close[0]}" if close else "see: lorakit --help",
+        )
+    module_name, summary = VERBS[name]
+    verb = cast(Verb, importlib.import_module(module_name))
+    parser = _Parser(prog=f"lorakit {name}", description=f"{summary[0].upper()}{summary[1:]}.")
+    verb.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    # Intermixed: `train config.yaml lr=1e-3 --resume epochs=2` is natural and must work.
+    args = parser.parse_intermixed_args(words)
+    with _warnings_in_style(), console.only_json() if as_json else nullcontext():
+        return verb.run(args)
+
+
+@contextmanager
+def _warnings_in_style() -> Iterator[None]:
+    """Show our own warnings as one clear line each; the others as Python does."""
+    with warnings.catch_warnings():
+        original = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, LorakitWarning):
+                console.warn(str(message))
+            else:
+                original(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def _failed(error: LorakitError, as_json: bool) -> int:
+    if as_json:
+        fields = {"type": type(error).__name__, **console.error_fields(error)}
+        console.print_json({"error": fields})
+    console.print_error(error)
+    return error.exit_code
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [
+        "usage: lorakit VERB [ARGUMENTS] [--json]",
+        "",
+        "Train a small adapter on a frozen language model, prove what it does, and fold it in.",
+        "",
+        *(f"  {name:<{width}}  {summary}" for name, (_, summary) in VERBS.items()),
+        "",
+        "  lorakit help VERB   the arguments of a verb",
+        "  lorakit --version   the version",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The model a verb works on: its arguments, and loading it with its adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lorakit.cli.console import note
+from lorakit.errors import AdapterFileError, RequestError
+from lorakit.formats.peft import load_adapter
+from lorakit.models.load import load_model
+
+# The name an adapter from the command line has on the model.
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """A loaded model.
+
+    Attributes:
+        ref: the base as it was named.
+        model: the base, with the adapter attached and active if there is one.
+        tokenizer: its tokenizer.
+        adapter: the adapter's name on the model, or None.
+    """
+
+    ref: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: str | None
+
+    @property
+    def systems(self) -> dict[str, str | None]:
+        """What can answer: a label and the adapter to use."""
+        found: dict[str, str | None] = {"base": None}
+        if self.adapter is not None:
+            found["adapter"] = self.adapter
+        return found
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --model, --adapter, --dtype, --device and --any-base."""
+    parser.add_argument(
+        "--model",
+        metavar="REF",
+        help="the base: a hub id, a directory, a .gguf file or a named model such as "
+        "smollm2-135m-instruct; by default the base that the adapter names",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter's directory")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "auto"],
+        help="load the weights as this; by default float32 on a CPU, bfloat16 on CUDA",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="accept an adapter that was trained on another base",
+    )
+
+
+def open_session(args: argparse.Namespace) -> Session:
+    """Load what `add_model_arguments` asked for.
+
+    Raises:
+        RequestError: neither a model nor an adapter is named.
+        ModelError, AdapterFileError, BaseMismatchError: see the loaders.
+    """
+    ref = args.model or base_of(args.adapter)
+    note(f"loading {ref}" + (f" with {args.adapter}" if args.adapter else ""))
+    model, tokenizer = load_model(ref, dtype=args.dtype, device=args.device)
+    if args.adapter:
+        load_adapter(model, args.adapter, name=ADAPTER, allow_base_mismatch=args.any_base)
+    return Session(
+        ref=ref, model=model, tokenizer=tokenizer, adapter=ADAPTER if args.adapter else None
+    )
+
+
+def base_of(adapter: str | None) -> str:
+    """The base model that an adapter's own config names.
+
+    Raises:
+        RequestError: no adapter is given.
+        AdapterFileError: the adapter does not name its base.
+    """
+    if adapter is None:
+        raise RequestError(
+            "no model is named",
+            where="the command line",
+            expected="--model REF, --adapter DIR, or both",
+            remedy="for a first try: --model smollm2-135m-instruct",
+        )
+    file = Path(adapter) / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            "the adapter's config cannot be read",
+            where=str(file),
+            expected="a JSON object, as lorakit and PEFT write it",
+            found=str(error),
+            remedy="give the directory that holds adapter_config.json",
+        ) from error
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise AdapterFileError(
+            "the adapter does not name its base",
+            where=f"{file}, key base_model_name_or_path",
+            remedy="name it: --model REF",
+        )
+    return base

@@ -1,0 +1,48 @@
+"""Examples to a batch of tensors, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorakit.data.encode import IGNORED, Example
+
+
+class Collator:
+    """Pads a batch to its longest example.
+
+    Padding is told apart by the attention mask and the labels alone, never by its token id, so a
+    tokenizer whose pad token is its EOS still learns EOS.
+
+    Args:
+        pad_token_id: the id to fill with; any valid id will do.
+        pad_to_multiple_of: round the length up to this multiple (8 suits tensor cores).
+    """
+
+    def __init__(self, pad_token_id: int = 0, pad_to_multiple_of: int = 1) -> None:
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1, not {pad_to_multiple_of}")
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The batch.
+
+        Returns:
+            input_ids, attention_mask and labels, each int64 (batch, length); attention_mask is 0
+            and labels are -100 on padding.
+        """
+        longest = max(map(len, examples))
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(examples), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED, dtype=torch.long)
+        for i, example in enumerate(examples):
+            n = len(example)
+            input_ids[i, :n] = torch.tensor(example.input_ids, dtype=torch.long)
+            attention_mask[i, :n] = 1
+            labels[i, :n] = torch.tensor(example.labels, dtype=torch.long)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

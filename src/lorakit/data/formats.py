@@ -1,0 +1,284 @@
+"""The shapes that rows come in, found from their columns and read into one of three types."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from lorakit.data.options import SftOptions
+from lorakit.data.rows import Row
+from lorakit.errors import DataError, nearest
+
+Format = Literal["messages", "conversations", "prompt-completion", "instruction-output", "text"]
+Message: TypeAlias = dict[str, Any]
+
+# Which roles a format needs, and the role that only training needs (a prompt file has no answer).
+_NEEDS: dict[Format, tuple[tuple[str, ...], str | None]] = {
+    "messages": (("messages",), None),
+    "conversations": (("conversations",), None),
+    "prompt-completion": (("prompt",), "completion"),
+    "instruction-output": (("instruction",), "output"),
+    "text": (("text",), None),
+}
+_MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# Stanford Alpaca's own wording, for base models without a chat template
+# (github.com/tatsu-lab/stanford_alpaca, train.py).
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Turns. Assistant turns from `first_learned` on are answers; those before are context."""
+
+    messages: list[Message]
+    first_learned: int = 0
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt and its answer; `plain_prompt` is the prompt where there is no chat template."""
+
+    prompt: str
+    plain_prompt: str
+    completion: str | None
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, learned as a whole."""
+
+    text: str
+
+
+Content: TypeAlias = Dialogue | Pair | Text
+
+
+def detect_format(
+    columns: Collection[str], options: SftOptions, *, need_answer: bool = True, where: str = ""
+) -> Format:
+    """The format of rows with these columns; named roles (`options.columns`) go first.
+
+    Args:
+        columns: the column names of a row.
+        options: names the user's own columns.
+        need_answer: whether a prompt without its completion is too little.
+        where: the row or file, for the message.
+
+    Raises:
+        DataError: the columns fit no format, or a named column is not there.
+    """
+    for role, name in options.columns.items():
+        if name not in columns:
+            close = nearest(name, columns, n=1)
+            raise DataError(
+                f"no column {name!r} for the role {role!r}",
+                where=where,
+                expected=f"the column {name!r}",
+                found=f"columns: {', '.join(columns) or 'none'}",
+                remedy=f"did you mean {close[0]!r}?" if close else "correct `columns`",
+            )
+    fitting: list[Format] = [kind for kind in _NEEDS if _fits(kind, columns, options, need_answer)]
+    named: list[Format] = [kind for kind in fitting if set(_roles(kind)) & set(options.columns)]
+    if fitting:
+        return named[0] if named else fitting[0]
+    raise DataError(
+        "the columns fit no format",
+        where=where,
+        expected="messages | conversations | prompt + completion | instruction (+ input) + output"
+        " | text",
+        found=f"columns: {', '.join(columns) or 'none'}",
+        remedy="name your columns: columns: {prompt: <your column>, completion: <your column>}",
+    )
+
+
+def _roles(kind: Format) -> tuple[str, ...]:
+    needed, answer = _NEEDS[kind]
+    return (*needed, answer) if answer else needed
+
+
+def _fits(kind: Format, columns: Collection[str], options: SftOptions, need_answer: bool) -> bool:
+    needed = _roles(kind) if need_answer else _NEEDS[kind][0]
+    return all(options.column(role) in columns for role in needed)
+
+
+def read_content(
+    row: Row, kind: Format, options: SftOptions, *, where: str, need_answer: bool = True
+) -> Content:
+    """A row as turns, a pair or text.
+
+    Raises:
+        DataError: a column is missing or holds something else than the format asks for.
+    """
+    for role in _roles(kind) if need_answer else _NEEDS[kind][0]:
+        if options.column(role) not in row:
+            raise DataError(
+                f"a row without the column {options.column(role)!r}",
+                where=where,
+                expected=f"{' and '.join(map(options.column, _roles(kind)))}, as in the first row",
+                found=f"columns: {', '.join(row) or 'none'}",
+                remedy="all rows of a data set must have one format; repair or remove this row",
+            )
+    if kind == "text":
+        return Text(_text(row, options.column("text"), where))
+    if kind == "prompt-completion":
+        return _read_pair(row, options, where)
+    if kind == "instruction-output":
+        return _read_alpaca(row, options, where)
+    column = options.column(kind)
+    messages = _read_messages(row[column], f"{where}, column {column!r}", kind == "conversations")
+    return Dialogue(_with_system(messages, row, options), tools=_tools(row))
+
+
+def answer_of(content: Content) -> str | None:
+    """The answer as written: a completion, or the assistant turn that closes the messages."""
+    if isinstance(content, Pair):
+        return content.completion
+    if isinstance(content, Dialogue) and content.messages[-1]["role"] == "assistant":
+        return content.messages[-1]["content"]
+    return None
+
+
+def _read_pair(row: Row, options: SftOptions, where: str) -> Content:
+    names = (options.column("prompt"), options.column("completion"))
+    prompt, completion = (row.get(name) for name in names)
+    if isinstance(prompt, str):
+        answer = None if names[1] not in row else _text(row, names[1], where)
+        _text(row, names[0], where)
+        return Pair(prompt, prompt, answer, _system(row, options))
+    messages = _read_messages(prompt, f"{where}, column {names[0]!r}", False)
+    answers: list[Message] = []
+    if names[1] in row:
+        answers = _read_messages(completion, f"{where}, column {names[1]!r}", False)
+    messages = _with_system(messages, row, options)
+    return Dialogue(messages + answers, first_learned=len(messages), tools=_tools(row))
+
+
+def _read_alpaca(row: Row, options: SftOptions, where: str) -> Pair:
+    instruction = _text(row, options.column("instruction"), where)
+    extra = row.get(options.column("input")) or ""
+    if extra:
+        extra = _text(row, options.column("input"), where)
+    prompt = f"{instruction}\n\n{extra}" if extra else instruction
+    plain = _ALPACA_WITH_INPUT if extra else _ALPACA
+    answer = None
+    if options.column("output") in row:
+        answer = _text(row, options.column("output"), where)
+    filled = plain.format(instruction=instruction, input=extra)
+    return Pair(prompt, filled, answer, _system(row, options))
+
+
+def _read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise _wrong(where, "a list of messages", value)
+    messages = [
+        _read_sharegpt(item, f"{where}, message {number}")
+        if sharegpt and not (isinstance(item, Mapping) and "role" in item)
+        else _read_message(item, f"{where}, message {number}")
+        for number, item in enumerate(value, start=1)
+    ]
+    if not messages:
+        raise _wrong(where, "at least one message", value)
+    return messages
+
+
+def _read_message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise _wrong(where, 'an object with "role" and "content"', item)
+    role = item.get("role")
+    if role not in _MESSAGE_ROLES:
+        raise _wrong(f"{where}, role", f"one of {', '.join(_MESSAGE_ROLES)}", role)
+    # A Parquet table fills the keys that other messages have with None.
+    message = {key: value for key, value in item.items() if value is not None}
+    content = message.setdefault("content", None)
+    if content is None and "tool_calls" in message:
+        return message | {"content": ""}
+    if not isinstance(content, str):
+        raise _wrong(f"{where}, content", "text", content)
+    _check_unicode(content, where)
+    return message
+
+
+def _read_sharegpt(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping) or "from" not in item or "value" not in item:
+        raise _wrong(where, 'an object with "from" and "value"', item)
+    role = _SHAREGPT_ROLES.get(str(item["from"]))
+    if role is None:
+        raise _wrong(f"{where}, from", f"one of {', '.join(_SHAREGPT_ROLES)}", item["from"])
+    if not isinstance(item["value"], str):
+        raise _wrong(f"{where}, value", "text", item["value"])
+    _check_unicode(item["value"], where)
+    return {"role": role, "content": item["value"]}
+
+
+def _with_system(messages: list[Message], row: Row, options: SftOptions) -> list[Message]:
+    system = _system(row, options)
+    if system is None or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _system(row: Row, options: SftOptions) -> str | None:
+    own = row.get(options.column("system"))
+    return own if isinstance(own, str) and own else options.system
+
+
+def _tools(row: Row) -> list[Any] | None:
+    tools = row.get("tools")
+    return tools if isinstance(tools, list) and tools else None
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise _wrong(f"{where}, column {column!r}", "text", value)
+    _check_unicode(value, f"{where}, column {column!r}")
+    return value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "text with half of a surrogate pair",
+            where=where,
+            expected="valid Unicode",
+            found=f"{text[error.start : error.end]!r} at character {error.start}",
+            remedy="write the data again; an emoji was cut in two",
+        ) from error
+
+
+def _wrong(where: str, expected: str, found: Any) -> DataError:
+    described = repr(found)
+    return DataError(
+        "a value of the wrong kind",
+        where=where,
+        expected=expected,
+        found=described if len(described) <= 80 else f"{described[:80]}...",
+        remedy="repair or remove this row",
+    )

@@ -1,0 +1,95 @@
+"""Rows from the Hugging Face hub; a module of its own because `datasets` is slow to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import datasets.config
+import huggingface_hub
+
+from lorakit.data.rows import Origin, Rows
+from lorakit.errors import DataError
+
+DEFAULT_SPLIT = "train"
+PROBE_TIMEOUT_S = 10.0
+
+
+def load_hub_rows(name: str, split: str | None = None, limit: int | None = None) -> Rows:
+    """The rows of one split of a data set on the hub (or in its local cache).
+
+    Args:
+        name: "owner/name", or "owner/name:config" where the data set has several.
+        split: the split; "train" unless told.
+        limit: take only the first rows.
+
+    Raises:
+        DataError: the hub cannot be reached, or has no such data set, config or split.
+    """
+    repository, _, config = name.partition(":")
+    split = split or DEFAULT_SPLIT
+    try:
+        with _cache_only_when_offline(repository):
+            table = datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:
+        # The library lets through the errors of whatever lies below: httpx, fsspec, pyarrow.
+        raise _hub_error(error, name, split) from error
+    if not isinstance(table, datasets.Dataset):
+        raise DataError("the hub returned no table", where=name, found=type(table).__name__)
+    if limit is not None:
+        table = table.select(range(min(limit, len(table))))
+    place = f"{name}[{split}] row"
+    return Rows(
+        table.to_list(), [Origin(place, number) for number in range(1, len(table) + 1)], name
+    )
+
+
+@contextmanager
+def _cache_only_when_offline(repository: str) -> Iterator[None]:
+    """Look only into the local cache when the hub does not answer.
+
+    Without this the library asks again and again, for half a minute, before it says so.
+    """
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        if not before:
+            huggingface_hub.HfApi().dataset_info(repository, timeout=PROBE_TIMEOUT_S)
+    except Exception as error:
+        # Anything but a dead line (a wrong name, a private data set) is left to the load itself.
+        datasets.config.HF_HUB_OFFLINE = _is_offline(error)
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _hub_error(error: Exception, name: str, split: str) -> DataError:
+    text = " ".join(str(error).split())
+    offline = _is_offline(error)
+    return DataError(
+        "the hub cannot be reached" if offline else "cannot load this data set from the hub",
+        where=f"{name}, split {split}",
+        expected="a local file or directory, or a data set on the hub",
+        found=f"no such local path; {type(error).__name__}: {text[:300]}",
+        remedy=(
+            "check the path, or download the data where there is a network"
+            if offline
+            else "check the name, the config (owner/name:config) and the split"
+        ),
+    )
+
+
+def _is_offline(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (ConnectionError, TimeoutError)) or type(seen).__name__ in {
+            "ConnectError",
+            "ConnectTimeout",
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ProxyError",
+        }:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,109 @@
+"""How rows become token ids and labels: the options of supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lorakit.errors import ConfigError, nearest
+
+ROLES = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "system",
+)
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftOptions:
+    """How rows become examples.
+
+    Raises:
+        ConfigError: a value out of range, or a column for a role that does not exist.
+    """
+
+    columns: Mapping[str, str] = field(
+        default_factory=dict[str, str],
+        metadata=_help(
+            "which of your columns plays which role, as in {prompt: question, completion: answer}; "
+            f"roles: {', '.join(ROLES)}"
+        ),
+    )
+    template: Literal["auto", "chat", "none"] = field(
+        default="auto",
+        metadata=_help(
+            "chat: render turns with the tokenizer's chat template; none: prompt and completion "
+            "as they are; auto: chat where the tokenizer has a template and the rows are not text"
+        ),
+    )
+    template_options: Mapping[str, str | int | bool] = field(
+        default_factory=dict[str, "str | int | bool"],
+        metadata=_help("variables of the chat template, as in {enable_thinking: false}"),
+    )
+    system: str | None = field(
+        default=None, metadata=_help("system prompt for rows that have none; chat template only")
+    )
+    completion_only: bool = field(
+        default=True, metadata=_help("learn the answers only; false: every token of a row")
+    )
+    last_turn_only: bool = field(
+        default=False, metadata=_help("of several answers in a row, learn the last only")
+    )
+    add_eos: bool = field(
+        default=True,
+        metadata=_help("end an answer with EOS where the template writes no end marker"),
+    )
+    max_length: int | None = field(
+        default=None, metadata=_help("longest row in tokens; null: no limit")
+    )
+    on_too_long: Literal["cut", "drop", "error"] = field(
+        default="cut",
+        metadata=_help(
+            "a row beyond max_length: cut its end (its EOS is then not learned), drop it, or stop"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("template", self.template, ("auto", "chat", "none"))
+        _check_choice("on_too_long", self.on_too_long, ("cut", "drop", "error"))
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(
+                "max_length is out of range",
+                where="max_length",
+                expected="at least 2 tokens, or null for no limit",
+                found=str(self.max_length),
+            )
+        for role in self.columns:
+            if role not in ROLES:
+                close = nearest(role, ROLES, n=1)
+                raise ConfigError(
+                    f"unknown role {role!r}",
+                    where="columns",
+                    expected=", ".join(ROLES),
+                    remedy=f"did you mean {close[0]!r}?" if close else "role: your column",
+                )
+
+    def column(self, role: str) -> str:
+        """The name of the column that plays this role."""
+        return self.columns.get(role, role)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"unknown value of {name}",
+            where=name,
+            expected=", ".join(choices),
+            found=repr(value),
+        )

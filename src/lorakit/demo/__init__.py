@@ -1,0 +1,1 @@
+"""The tasks that `lorakit demo` shows: questions in SQL, and the mood of film reviews."""

@@ -1,0 +1,1 @@
+"""Measure a model: answers, likelihoods, metrics, and how sure each number is."""

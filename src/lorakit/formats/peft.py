@@ -1,0 +1,314 @@
+"""PEFT's file layout, both ways, with lorakit.json (the passport) beside it.
+
+adapter_config.json, adapter_model.safetensors; keys are `base_model.model.` + the module's name +
+`.lora_A.weight` (r, in), `.lora_B.weight` (out, r); embeddings `.lora_embedding_A` (r, vocabulary),
+`.lora_embedding_B` (width, r); trained biases `.base_layer.bias` on adapted modules; modules
+trained beside under their plain names. Parts of a fused projection are written as one update of
+the whole: A stacked, B zero-padded into a block matrix, rank and alpha multiplied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace as replaced
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorakit.adapters.adapter import Adapter, Factors, register_files
+from lorakit.adapters.bind import adapter_from_model, bind_adapter
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import AdapterFileError
+from lorakit.files import atomic_directory, write_json
+from lorakit.formats.passport import PASSPORT_NAME, SiteRecord, read_passport, write_passport
+from lorakit.formats.peft_config import (
+    CONFIG_NAME,
+    config_for,
+    peft_pattern,
+    read_config,
+    spec_from_config,
+)
+
+TENSORS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<plain>[AB])(?:\.default)?\.weight"
+    r"|lora_embedding_(?P<embedding>[AB])(?:\.default)?)$"
+)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    passport: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> Adapter:
+    """Write an attached adapter as PEFT does, plus its passport; whole or not at all.
+
+    Args:
+        model: the model it is attached to; not changed.
+        path: a directory that does not exist yet, or is empty.
+        name: the adapter.
+        passport: what else is known of it: data, seed, tokenizer, metrics ...
+        replace: write over an earlier adapter of that path.
+
+    Returns:
+        What was written.
+
+    Raises:
+        StateError: no adapter of that name is attached.
+        OutputError: the directory is not empty, or the disk refuses.
+    """
+    adapter = adapter_from_model(model, name, passport=passport)
+    write_adapter(adapter, Path(path), replace=replace)
+    return adapter
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, name: str = "default", *, any_base: bool = False
+) -> Adapter:
+    """Read an adapter and bind it to the model, strict both ways; it is active afterwards.
+
+    Args:
+        model: the base it was made for; mutated, see `attach`.
+        path: a directory in PEFT's layout.
+        name: its name on this model.
+        any_base: bind even if the passport names another base.
+
+    Returns:
+        What was read.
+
+    Raises:
+        AdapterFileError: files that cannot be read; tensors missing, extra, misshapen, not finite.
+        BaseMismatchError: the passport names another base.
+        StateError: the name is taken or cannot be one.
+    """
+    adapter = read_adapter(Path(path))
+    bind_adapter(model, adapter, name, any_base=any_base)
+    return adapter
+
+
+def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> None:
+    """Write the adapter's directory; see `save_adapter`."""
+    tensors: dict[str, Tensor] = {}
+    stacked: dict[str, tuple[int, float]] = {}
+    for module, sites in adapter.modules().items():
+        A, B, scaling = _stack(list(sites.values()))
+        stacked[module] = (A.shape[0], scaling)
+        embedding = next(iter(sites.values())).kind == "embedding"
+        for letter, value in (("A", A), ("B", B)):
+            ending = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
+            tensors[f"{_PREFIX}{module}.{ending}"] = value
+    for module, bias in adapter.biases.items():
+        tensors[f"{_PREFIX}{module}.base_layer.bias"] = bias
+    for name, value in adapter.overrides.items():
+        tensors[f"{_PREFIX}{name}"] = value
+    tensors = {name: value.contiguous() for name, value in sorted(tensors.items())}
+    with atomic_directory(path, replace=replace) as staging:
+        save_file(tensors, str(staging / TENSORS_NAME), metadata={"format": "pt"})
+        write_json(staging / CONFIG_NAME, dict(sorted(config_for(adapter, stacked).items())))
+        write_passport(adapter, staging)
+
+
+def _stack(parts: list[Factors]) -> tuple[Tensor, Tensor, float]:
+    """One (A, B, scaling) for the whole module: A stacked, B block-wise, one scaling for all."""
+    if len(parts) == 1 and parts[0].rows is None:
+        return parts[0].A, parts[0].B, parts[0].scaling
+    scaling = parts[0].scaling
+    blocks = [(p.rows.spread(p.B.T).T if p.rows else p.B) * (p.scaling / scaling) for p in parts]
+    return torch.cat([p.A for p in parts]), torch.cat(blocks, dim=1), scaling
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read a directory in PEFT's layout, without a model.
+
+    Raises:
+        AdapterFileError: see `load_adapter`.
+    """
+    config = read_config(path)
+    passport, records, own_spec = read_passport(path)
+    spec = own_spec or spec_from_config(config, path / CONFIG_NAME)
+    tensors = read_tensors(path)
+    pairs, biases, overrides = _sort_keys(tensors, path)
+    factors: dict[str, Factors] = {}
+    problems: list[str] = []
+    for module, pair in pairs.items():
+        if set(pair) & {"A", "B"} != {"A", "B"}:
+            lacking = "B" if "A" in pair else "A"
+            problems.append(f"missing: {module}: lora_{lacking}")
+            continue
+        whole = _whole_factors(config, spec, module, pair)
+        if isinstance(whole, str):
+            problems.append(whole)
+        else:
+            factors.update(_split(whole, records.get(module, [])))
+    base_weights = {m: pair["base"] for m, pair in pairs.items() if "base" in pair}
+    problems += [f"missing: {m}: targeted, no tensors" for m in records if m not in pairs]
+    if problems or not tensors:
+        raise AdapterFileError(
+            "the adapter's tensors do not fit together" if problems else "the adapter is empty",
+            where=str(path / TENSORS_NAME),
+            found="\n            ".join(problems[:12]) or "no tensors",
+        )
+    return Adapter(
+        spec=spec,
+        factors=factors,
+        biases=biases,
+        overrides=overrides,
+        passport=passport,
+        base_weights=base_weights,
+        target_modules=_targeted(config),
+        config=config,
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The adapter's tensors, from safetensors or from PEFT's older adapter_model.bin.
+
+    Raises:
+        AdapterFileError: no such file, or a corrupt, truncated or hostile one.
+    """
+    file = path / TENSORS_NAME
+    old = path / "adapter_model.bin"
+    try:
+        if file.is_file():
+            with safe_open(str(file), framework="pt") as handle:
+                return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        if old.is_file():
+            return dict(torch.load(old, map_location="cpu", weights_only=True))
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise AdapterFileError(
+            "the adapter's tensors cannot be read: the file is corrupt or truncated",
+            where=str(file if file.is_file() else old),
+            found=str(error).splitlines()[0],
+            remedy="copy or train the adapter again",
+        ) from error
+    raise AdapterFileError(
+        "the adapter has no tensors", where=str(path), expected=TENSORS_NAME, found="no such file"
+    )
+
+
+Pairs = dict[str, dict[str, Tensor]]
+
+
+def _sort_keys(
+    tensors: Mapping[str, Tensor], path: Path
+) -> tuple[Pairs, dict[str, Tensor], dict[str, Tensor]]:
+    """Split the file's keys into factor pairs, biases of adapted modules, and the rest."""
+    pairs: Pairs = {}
+    biases: dict[str, Tensor] = {}
+    overrides: dict[str, Tensor] = {}
+    refused: list[str] = []
+    for key, value in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        found = _FACTOR.match(name)
+        if found:
+            letter = found["plain"] or found["embedding"]
+            pair = pairs.setdefault(found["module"], {})
+            pair[letter] = value
+            if found["embedding"]:
+                pair["embedding"] = value
+        elif name.endswith(".base_layer.bias"):
+            biases[name.removesuffix(".base_layer.bias")] = value
+        elif name.endswith(".base_layer.weight"):
+            # PEFT also writes the frozen weight of an adapted embedding: a copy of the base's.
+            pairs.setdefault(name.removesuffix(".base_layer.weight"), {})["base"] = value
+        elif ".lora_" in name or key == name:
+            refused.append(key)
+        else:
+            overrides[name.replace(".modules_to_save.default.", ".")] = value
+    if refused:
+        raise AdapterFileError(
+            "the adapter has tensors that lorakit does not know",
+            where=str(path / TENSORS_NAME),
+            expected=f"{_PREFIX}<module>.lora_A.weight and lora_B.weight",
+            found=", ".join(refused[:8]) + (" ..." if len(refused) > 8 else ""),
+        )
+    return pairs, biases, overrides
+
+
+def _whole_factors(
+    config: Mapping[str, Any], spec: LoraSpec, module: str, pair: Mapping[str, Tensor]
+) -> Factors | str:
+    """One module's update as the file has it, or what is wrong with it."""
+    A, B = pair["A"], pair["B"]
+    r = peft_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    if A.ndim < 2 or A.shape[0] != r or B.ndim < 2 or B.shape[1] != r:
+        return f"misshapen: {module}: rank {r}, but A {tuple(A.shape)}, B {tuple(B.shape)}"
+    alpha = float(
+        peft_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    )
+    if "embedding" in pair:
+        kind = "embedding"
+    elif A.ndim == 4:
+        kind = "conv2d"
+    else:
+        kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
+    scaling = spec.scale(r=r, alpha=alpha)
+    return Factors(A=A, B=B, alpha=alpha, scaling=scaling, kind=kind, module=module)
+
+
+def _split(whole: Factors, records: list[SiteRecord]) -> dict[str, Factors]:
+    """The parts of a fused projection again, where the passport tells them."""
+    if not records:
+        return {whole.module: whole}
+    if records[0].rows is None:
+        record = records[0]
+        return {record.name: replaced(whole, kind=record.kind)}
+    factors: dict[str, Factors] = {}
+    start = 0
+    for record in records:
+        if record.rows is None:
+            continue
+        columns = whole.B[:, start : start + record.r]
+        B = record.rows.take(columns.T).T * (whole.scaling / record.scaling)
+        factors[record.name] = Factors(
+            A=whole.A[start : start + record.r],
+            B=B.contiguous(),
+            alpha=record.alpha,
+            scaling=record.scaling,
+            kind=record.kind,
+            module=whole.module,
+            rows=record.rows,
+        )
+        start += record.r
+    return factors
+
+
+def _targeted(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the configuration says is adapted, where it says so without further filters."""
+    if any(config.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern")):
+        return ()
+    targets = config.get("target_modules") or ()
+    if targets == "all-linear":
+        return ()
+    return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
+class _PeftFiles:
+    """`Adapter.load` and `Adapter.save` in PEFT's layout."""
+
+    def read(self, path: Path) -> Adapter:
+        return read_adapter(path)
+
+    def write(self, adapter: Adapter, path: Path) -> None:
+        write_adapter(adapter, path)
+
+
+register_files(_PeftFiles())
+
+__all__ = [
+    "PASSPORT_NAME",
+    "load_adapter",
+    "read_adapter",
+    "read_tensors",
+    "save_adapter",
+    "write_adapter",
+]

@@ -1,0 +1,226 @@
+"""PEFT's adapter_config.json: read it strictly, write it so that PEFT means the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import AdapterFileError, LorakitWarning, SpecError
+from lorakit.math.scaling import alpha_for
+
+CONFIG_NAME = "adapter_config.json"
+
+# Keys that change what the adapter computes and that we do not compute: refused unless at rest.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "ensure_weight_tying": (False, None),
+}
+# These start from another base than W0: without the changed base their A and B mean nothing.
+_REFUSED_INITS = re.compile(r"pissa|olora|corda|lora_ga|loftq|mica", re.IGNORECASE)
+# Keys that we read, or that do not change what a trained adapter computes.
+_KNOWN = frozenset(
+    {
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
+        *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
+        *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save"),
+        *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+        *("target_modules", "task_type", "use_rslora"),
+    }
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration as it stands in the file, checked.
+
+    Raises:
+        AdapterFileError: no such file, not a JSON object, not LoRA, or a key that changes the
+            result and is not supported.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        inside = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_NAME}"))
+        raise AdapterFileError(
+            "there is no adapter here",
+            where=str(directory),
+            expected=f"a directory with {CONFIG_NAME}",
+            found="a file"
+            if directory.is_file()
+            else ("nothing" if not directory.exists() else "no such file in the directory"),
+            remedy=f"there are adapters in {', '.join(inside[:5])}" if inside else None,
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFileError(
+            "the adapter's configuration is not JSON", where=str(path), found=str(error)
+        ) from error
+    if not isinstance(config, dict):
+        raise AdapterFileError(
+            "the adapter's configuration is not an object",
+            where=str(path),
+            expected='{"peft_type": "LORA", ...}',
+            found=type(config).__name__,
+        )
+    _refuse(config, path)
+    return config
+
+
+def _refuse(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type", "LORA") != "LORA":
+        raise AdapterFileError(
+            "this is an adapter of another method",
+            where=f"{path}: peft_type",
+            expected="LORA",
+            found=str(config["peft_type"]),
+        )
+    refused = [k for k, rest in _REFUSED.items() if k in config and config[k] not in rest]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and _REFUSED_INITS.match(init):
+        refused.append("init_lora_weights")
+    if refused:
+        raise AdapterFileError(
+            "the adapter asks for what lorakit does not compute, and would give other results",
+            where=str(path),
+            found=", ".join(f"{key}={config[key]!r}" for key in refused),
+            remedy="for PiSSA-like inits, save with PEFT's path_initial_model_for_weight_conversion"
+            if "init_lora_weights" in refused
+            else None,
+        )
+    unknown = [k for k, v in config.items() if k not in _KNOWN and k not in _REFUSED and v]
+    if unknown:
+        warnings.warn(
+            f"unknown keys in {path.name} are kept as they are: {', '.join(sorted(unknown))}",
+            LorakitWarning,
+            stacklevel=2,
+        )
+
+
+def spec_from_config(config: Mapping[str, Any], path: Path) -> LoraSpec:
+    """The request that a configuration states.
+
+    Raises:
+        AdapterFileError: a value that cannot be.
+    """
+    targets = config.get("target_modules") or ()
+    init = config.get("init_lora_weights", True)
+    try:
+        return LoraSpec(
+            r=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            targets=targets if isinstance(targets, str) else tuple(targets) or "qv",
+            scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            init="gaussian" if init == "gaussian" else "kaiming",
+            bias=config.get("bias") or "none",
+            also_train=tuple(config.get("modules_to_save") or ()),
+        )
+    except (SpecError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(
+            "the adapter's configuration has a value that cannot be",
+            where=str(path),
+            found=str(error).replace("\n", ";"),
+        ) from error
+
+
+def peft_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches as a regular expression at the end of the name."""
+    for key, value in pattern.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error:
+            if name == key or name.endswith("." + key):
+                return value
+    return default
+
+
+def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """The configuration PEFT needs to compute what we compute.
+
+    Args:
+        adapter: what is written.
+        stacked: module -> (rank, scaling) as they stand in the tensor file.
+    """
+    spec = adapter.spec
+    alphas = {m: alpha_for(s, r, spec.scaling) for m, (r, s) in stacked.items()}
+    ranks = {m: r for m, (r, _) in stacked.items()}
+    r, alpha = _commonest(ranks, spec.r), _commonest(alphas, spec.alpha)
+    kinds = {f.kind for f in adapter.factors.values()}
+    own = {
+        "peft_type": "LORA",
+        "task_type": adapter.config.get("task_type"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "revision": adapter.config.get("revision"),
+        "auto_mapping": adapter.config.get("auto_mapping"),
+        "r": r,
+        "lora_alpha": _plain(alpha),
+        "lora_dropout": spec.dropout,
+        "target_modules": list(adapter.target_modules) or list(stacked),
+        "modules_to_save": _modules_to_save(adapter) or None,
+        "bias": spec.bias,
+        "use_rslora": spec.scaling == "alpha/sqrt(r)",
+        "use_dora": False,
+        "rank_pattern": {m: v for m, v in ranks.items() if v != r},
+        "alpha_pattern": {m: _plain(v) for m, v in alphas.items() if v != alpha},
+        "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
+        "fan_in_fan_out": "conv1d" in kinds,
+        "inference_mode": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
+    return {**adapter.config, **own}
+
+
+def _commonest(values: Mapping[str, Any], default: Any) -> Any:
+    return Counter(values.values()).most_common(1)[0][0] if values else default
+
+
+def _plain(alpha: float) -> float | int:
+    """Whole alphas as integers: some readers of the format expect them so."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _modules_to_save(adapter: Adapter) -> list[str]:
+    owners = [name.rpartition(".")[0] for name in adapter.overrides]
+    if adapter.spec.bias == "all":
+        leaves: dict[str, set[str]] = {}
+        for name in adapter.overrides:
+            owner, _, leaf = name.rpartition(".")
+            leaves.setdefault(owner, set()).add(leaf)
+        owners = [o for o in owners if leaves[o] != {"bias"} or _named(adapter, o)]
+    owners = list(dict.fromkeys(owners))
+    named = [n for n in adapter.spec.also_train if any(_is_or_holds(n, o) for o in owners)]
+    covered = all(any(_is_or_holds(n, o) for n in named) for o in owners)
+    return named if covered else owners
+
+
+def _named(adapter: Adapter, owner: str) -> bool:
+    return any(_is_or_holds(name, owner) for name in adapter.spec.also_train)
+
+
+def _is_or_holds(name: str, owner: str) -> bool:
+    """Whether `name`, as a suffix, is the owner or one of the modules around it."""
+    return f".{name}." in f".{owner}."

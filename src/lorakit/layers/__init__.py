@@ -1,0 +1,1 @@
+"""Geometry kinds, low-rank factors, the wrapper, and which adapter each row runs."""

@@ -1,0 +1,113 @@
+"""The one wrapper: the frozen base, and a branch per adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.layers.kinds import LayerKind
+from lorakit.layers.low_rank import Branch
+from lorakit.layers.routing import Routing, row_groups
+
+
+def module_key(name: str) -> str:
+    """An adapter's name as a key of nn.ModuleDict, which forbids dots."""
+    return name.replace(".", "·")
+
+
+class Wrapper(nn.Module):
+    """What stands in the place of a base module, and otherwise looks like it.
+
+    Model code reads attributes of its layers (T5 asks `wo.weight.dtype`, others `in_features`), so
+    whatever the wrapper does not have is looked up in the base.
+    """
+
+    def __init__(self, base: nn.Module, *, routing: Routing, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.routing = routing
+        self.name = name
+        self.training = base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+
+class AdaptedLayer(Wrapper):
+    """h = W0 x + sum over the row's adapter of s B A x; forward changes nothing.
+
+    Args:
+        base: the frozen layer.
+        kind: its geometry.
+        routing: which adapter runs, shared by the whole model.
+        name: the layer's name in the model.
+    """
+
+    def __init__(self, base: nn.Module, *, kind: LayerKind, routing: Routing, name: str) -> None:
+        super().__init__(base, routing=routing, name=name)
+        self.kind = kind
+        self.factors = nn.ModuleDict()
+
+    def branch_of(self, name: str) -> Branch | None:
+        """What the adapter `name` does here, or None when it does nothing."""
+        key = module_key(name)
+        branch = self.factors[key] if key in self.factors else None  # noqa: SIM401
+        return branch if isinstance(branch, Branch) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The base's output plus the branch of the adapter that is switched on.
+
+        Args:
+            x: what the base takes: (..., in), token ids, or (n, in, H, W).
+
+        Returns:
+            What the base returns, same shape and dtype.
+        """
+        active = self.routing.active
+        if isinstance(active, tuple):
+            return self._forward_rows(x, active)
+        y = self.base(x)
+        if active is None or active in self.routing.merged:
+            return y
+        branch = self.branch_of(active)
+        return y if branch is None else self._add(branch, x, y)
+
+    def _forward_rows(self, x: Tensor, rows: tuple[str | None, ...]) -> Tensor:
+        if x.shape[0] == 1 and len(rows) > 1:
+            # Position ids are looked up once for all rows; with an adapter per row they differ.
+            x = x.expand(len(rows), *x.shape[1:])
+        y = self.base(x)
+        for name, indices in row_groups(rows, x.shape[0], self.name).items():
+            branch = self.branch_of(name)
+            if branch is not None:
+                indices = indices.to(y.device)
+                y = y.index_copy(0, indices, self._add(branch, x[indices], y[indices]))
+        return y
+
+    def _add(self, branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+        for update in branch.updates():
+            y = y + update.branch(self.kind, self.base, x, _compute_dtype(x, y)).to(y.dtype)
+        if branch.bias is not None:
+            shift = (branch.bias - self.base.get_parameter("bias")).to(y.dtype)
+            y = y + (shift[:, None, None] if self.kind.name == "conv2d" else shift)
+        return y
+
+    def delta(self, name: str) -> Tensor:
+        """The sum of the adapter's updates of this layer's weight, float32, base layout."""
+        branch = self.branch_of(name)
+        if branch is None:
+            raise KeyError(name)
+        parts = [update.delta(self.kind) for update in branch.updates()]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def _compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype the branch is computed in: the activations', or the output's for token ids."""
+    return x.dtype if x.is_floating_point() else y.dtype

@@ -1,0 +1,1 @@
+"""LoRA and every baseline behind one protocol."""

@@ -1,0 +1,39 @@
+"""From a method's name in a configuration to the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import ConfigError, nearest
+from lorakit.methods.base import Method
+from lorakit.methods.lora import LoraMethod
+
+_BUILDERS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
+    "lora": lambda options: LoraMethod(LoraSpec.from_dict(options)),
+}
+
+METHODS = tuple(_BUILDERS)
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of that name with its options.
+
+    Args:
+        name: a key of `METHODS`.
+        options: the method's own section of the configuration (for lora, the fields of LoraSpec).
+
+    Raises:
+        ConfigError: no such method.
+        SpecError: options that cannot be.
+    """
+    if name not in _BUILDERS:
+        close = nearest(name, METHODS, n=1)
+        raise ConfigError(
+            f"there is no method {name!r}",
+            where="method",
+            expected=", ".join(METHODS),
+            remedy=f"did you mean {close[0]!r}?" if close else None,
+        )
+    return _BUILDERS[name](options)

@@ -1,0 +1,117 @@
+"""Read the headers of a model's safetensors: which files, how many bytes, without loading any."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorakit.errors import ModelError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# The names safetensors uses in its headers, with the bytes of one element.
+_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """The safetensors files that make up the model in a directory, in order.
+
+    Raises:
+        ModelError: there are none, the index cannot be read, or a file it names is missing or
+            outside the directory.
+    """
+    directory = Path(directory)
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    if not (directory / _INDEX).is_file():
+        pickles = sorted(entry.name for entry in directory.glob("*.bin"))
+        raise ModelError(
+            "the model directory has no safetensors",
+            where=str(directory),
+            expected=f"{_SINGLE}, or {_INDEX} and the files it names",
+            found=", ".join(pickles) if pickles else None,
+            remedy="save the model with save_pretrained(..., safe_serialization=True)",
+        )
+    files = [directory / name for name in _indexed_names(directory / _INDEX)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(
+            "weight files named by the index are missing",
+            where=str(directory),
+            expected=f"{len(files)} files",
+            found=f"{len(missing)} missing: {', '.join(missing[:5])}",
+            remedy="download or copy the model again",
+        )
+    return files
+
+
+def estimate_model_bytes(directory: str | Path, dtype: torch.dtype | None = None) -> int:
+    """The bytes the weights take once loaded, from the headers alone.
+
+    Args:
+        directory: a model directory.
+        dtype: the dtype that floating tensors are loaded in; None keeps the stored one.
+
+    Raises:
+        ModelError: the files are missing or their headers cannot be read.
+    """
+    total_bytes = 0
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (a safe_open handle is not iterable)
+                    view = tensors.get_slice(name)
+                    total_bytes += _tensor_bytes(view.get_shape(), view.get_dtype(), dtype)
+        except (SafetensorError, OSError) as error:
+            raise unreadable(file, error) from error
+    return total_bytes
+
+
+def unreadable(file: Path, error: Exception) -> ModelError:
+    """The error for a safetensors file that cannot be read."""
+    return ModelError(
+        "the model's weights cannot be read",
+        where=str(file),
+        expected="a whole safetensors file",
+        found=str(error),
+        remedy="download or copy the file again",
+    )
+
+
+def _tensor_bytes(shape: list[int], stored: str, dtype: torch.dtype | None) -> int:
+    if stored in _FLOAT_BYTES:
+        size = dtype.itemsize if dtype is not None else _FLOAT_BYTES[stored]
+    else:
+        size = _OTHER_BYTES.get(stored, 1)
+    return math.prod(shape) * size
+
+
+def _indexed_names(index: Path) -> list[str]:
+    expected = 'a JSON object with "weight_map"'
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "the index of the weights is not JSON",
+            where=str(index),
+            expected=expected,
+            found=str(error),
+        ) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError("the index of the weights has no map", where=str(index), expected=expected)
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(
+            "the index of the weights names a file outside the model's directory",
+            where=str(index),
+            found=outside[0],
+            remedy="do not use this model: its index has been tampered with",
+        )
+    return names

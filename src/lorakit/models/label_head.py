@@ -1,0 +1,269 @@
+"""Losses and likelihoods with logits only where there is a label.
+
+A completion-only batch has labels on a fraction of its positions, and the logits (positions x
+vocabulary, in float32) are the largest tensor of a step. So the model's own forward runs once,
+whole, and a hook in front of its output head lets only the labelled positions through. Everything
+the model does to its logits afterwards (scaling, soft-capping) still happens, wrappers around the
+model or around the head (data parallel, an adapter) still see the call, and the result is the
+model's own. On the first batch it is compared with the full forward; where they disagree the full
+forward is used from then on, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.errors import DataError, LorakitWarning
+
+IGNORED = -100
+
+Batch = Mapping[str, Tensor]
+
+_CHECKED_ROWS = 2
+_FULL_PRECISION_TOLERANCE = 1e-4
+_HALF_PRECISION_TOLERANCE = 3e-2
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLogits:
+    """The logits at the N labelled positions of a batch, row by row.
+
+    `logits` is (N, vocabulary) in float32 with gradient; `targets` (N,) the token to be predicted
+    there; `rows` (N,) the row of the batch that each position belongs to.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of each target, (N,) float32, in nats."""
+        return F.cross_entropy(self.logits, self.targets, reduction="none")
+
+    def row_nll(self, num_rows: int) -> Tensor:
+        """The sum of `nll` over each row of the batch, (num_rows,) float32, in nats."""
+        nll = self.nll()
+        return nll.new_zeros(num_rows).index_add(0, self.rows, nll)
+
+
+@dataclass(slots=True)
+class _Selection:
+    """What the hook was asked to keep, and what it saw."""
+
+    mask: Tensor
+    num_calls: int = 0
+    fits: bool = True
+
+    def __call__(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.num_calls += 1
+        hidden = args[0] if args else None
+        if not isinstance(hidden, Tensor) or hidden.shape[:2] != self.mask.shape:
+            # The model moved its positions (a prefix, a reshape): leave it alone, use it whole.
+            self.fits = False
+            return args
+        # A leading dimension of 1 keeps the (batch, positions, hidden) layout models rely on.
+        return (hidden[self.mask.to(hidden.device)].unsqueeze(0), *args[1:])
+
+
+class LabelHead:
+    """Computes the loss of a language model from the logits at its labels alone.
+
+    Causal models are shifted by one, as in transformers' ForCausalLMLoss; sequence-to-sequence
+    models are not. Keep one object per model: the comparison with the full forward runs on the
+    first batch it sees (without gradient, without dropout, on two rows).
+
+    Args:
+        model: a transformers model with a language-modelling head; it is not changed.
+        call: what to call in place of `model` when a wrapper must see the call (DDP, FSDP).
+    """
+
+    def __init__(self, model: PreTrainedModel, call: Callable[..., Any] | None = None) -> None:
+        self._model = model
+        self._call: Callable[..., Any] = model if call is None else call
+        self._seq2seq = bool(model.config.is_encoder_decoder)
+        self._head: nn.Module | None = model.get_output_embeddings()
+        self._full = self._head is None
+        self._checked = self._full
+
+    @property
+    def full_forward(self) -> bool:
+        """Whether all logits are computed, because the short way does not hold for this model."""
+        return self._full
+
+    def loss(
+        self, batch: Batch, *, num_items: Tensor | int | None = None, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """Cross-entropy over the labels, a float32 scalar with gradient.
+
+        loss = (1 - eps) * nll + eps * mean over the vocabulary of -log p, averaged over the labels,
+        or summed and divided by `num_items` (the labels of all accumulated batches), as
+        transformers' Trainer does. A batch without any label has loss 0 instead of nan.
+
+        Args:
+            batch: input_ids, labels (-100 where not learned), and what else the model takes, all
+                (batch, positions).
+            num_items: the divisor in place of the number of labels.
+            label_smoothing: eps.
+
+        Raises:
+            DataError: the batch has no labels entry.
+        """
+        found = self.logits(batch)
+        total = F.cross_entropy(
+            found.logits, found.targets, reduction="sum", label_smoothing=label_smoothing
+        )
+        if num_items is None:
+            return total / max(found.targets.numel(), 1)
+        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+    def logits(self, batch: Batch) -> LabelLogits:
+        """The float32 logits at the labelled positions of the batch.
+
+        Raises:
+            DataError: the batch has no labels entry.
+        """
+        if "labels" not in batch:
+            raise DataError(
+                "the batch has no labels", expected="`labels`, -100 where nothing is learned"
+            )
+        mask, targets = self._positions(batch["labels"])
+        if not self._checked and targets.numel():
+            self._check(batch, mask)
+        logits = None if self._full else self._selected(batch, mask)
+        if logits is None:
+            if not self._full:
+                self._fall_back("the model moves its positions")
+            logits = self._whole(batch, mask)
+        targets = targets.to(logits.device)
+        rows = mask.nonzero()[:, 0].to(logits.device)
+        return LabelLogits(logits.float(), targets, rows)
+
+    def _positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._seq2seq:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        mask = labels != IGNORED
+        return mask, labels[mask]
+
+    def _forward(self, batch: Batch) -> Tensor:
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        if self._seq2seq and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = _decoder_inputs(self._model, batch["labels"])
+        return self._call(**inputs, use_cache=False).logits
+
+    def _selected(self, batch: Batch, mask: Tensor) -> Tensor | None:
+        assert self._head is not None
+        selection = _Selection(mask)
+        handle = self._head.register_forward_pre_hook(selection)
+        try:
+            logits = self._forward(batch)
+        finally:
+            handle.remove()
+        num_positions = int(mask.sum())
+        if selection.num_calls != 1 or not selection.fits:
+            return None
+        if logits.shape[:-1].numel() != num_positions:
+            return None
+        return logits.reshape(num_positions, logits.shape[-1])
+
+    def _whole(self, batch: Batch, mask: Tensor) -> Tensor:
+        logits = self._forward(batch)
+        # Virtual tokens that a method puts in front have logits too, but no labels.
+        logits = logits[:, -mask.shape[1] :]
+        return logits[mask.to(logits.device)]
+
+    def _check(self, batch: Batch, mask: Tensor) -> None:
+        rows = mask.any(dim=1).nonzero()[:_CHECKED_ROWS, 0]
+        num_rows = mask.shape[0]
+        part = {
+            k: v[rows.to(v.device)] if v.ndim > 0 and v.shape[0] == num_rows else v
+            for k, v in batch.items()
+        }
+        with torch.no_grad(), evaluating(self._model):
+            short = self._selected(part, mask[rows])
+            whole = self._whole(part, mask[rows])
+        self._checked = True
+        if short is None:
+            self._fall_back("its head does not see one hidden state per position")
+        elif not _agree(short, whole):
+            difference = (short.float() - whole.float()).abs().max().item()
+            self._fall_back(f"its logits differ by up to {difference:.2g}")
+
+    def _fall_back(self, why: str) -> None:
+        self._full = True
+        self._checked = True
+        warnings.warn(
+            f"{type(self._model).__name__} computes all its logits, which is slower and takes more "
+            f"memory: logits at the labels alone are not the model's own ({why})",
+            LorakitWarning,
+            stacklevel=4,
+        )
+
+
+def label_nll(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+) -> tuple[Tensor, int]:
+    """The summed negative log-likelihood of the labels, and how many there are.
+
+    Args:
+        model: a transformers language model.
+        input_ids: (batch, positions) int64.
+        attention_mask: (batch, positions), 1 where there is a token.
+        labels: (batch, positions) int64, -100 where nothing is counted.
+
+    Returns:
+        A float32 scalar in nats, with gradient, and the number of labels.
+    """
+    head = LabelHead(model)
+    found = head.logits(
+        {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    )
+    return found.nll().sum(), found.targets.numel()
+
+
+def _decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The labels moved right by one behind the start token, as transformers' seq2seq models do."""
+    start = model.config.decoder_start_token_id
+    if start is None:
+        start = model.config.bos_token_id
+    pad = model.config.pad_token_id
+    if start is None or pad is None:
+        raise DataError(
+            "this sequence-to-sequence model does not say how its decoder starts",
+            where=type(model).__name__,
+            expected="decoder_start_token_id and pad_token_id in its configuration",
+            remedy="set them in the model's config.json",
+        )
+    shifted = F.pad(labels[:, :-1], (1, 0), value=start)
+    return shifted.masked_fill(shifted == IGNORED, pad)
+
+
+def _agree(short: Tensor, whole: Tensor) -> bool:
+    half = whole.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(
+        whole.device.type
+    )
+    tolerance = _HALF_PRECISION_TOLERANCE if half else _FULL_PRECISION_TOLERANCE
+    scale = max(1.0, whole.float().abs().max().item())
+    return torch.allclose(
+        short.float(), whole.float(), rtol=0.0, atol=tolerance * scale, equal_nan=True
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block; every module's own mode is put back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,316 @@
+"""TrainConfig: everything a training run is, in one frozen, checked value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lorakit.adapters.spec import LoraSpec
+from lorakit.data.options import SftOptions
+from lorakit.errors import ConfigError
+from lorakit.train import schema
+from lorakit.train.overrides import apply_overrides
+from lorakit.train.yaml import dump, read_mapping
+
+Precision = Literal["auto", "fp32", "bf16"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+DEFAULT_EPOCHS = 3.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The base model; a bare string stands for `ref`."""
+
+    SHORTHAND: ClassVar[str] = "ref"
+
+    ref: str = field(
+        metadata=_help("hub id, directory, .gguf file, or a named model (smollm2-135m-instruct)")
+    )
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None,
+        metadata=_help(
+            "dtype the frozen weights are kept in; null: float32 on a CPU, bfloat16 on a GPU that "
+            "has it"
+        ),
+    )
+    quantize: Literal["nf4"] | None = field(
+        default=None, metadata=_help("keep the frozen weights in 4 bits")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection(SftOptions):
+    """The rows, and how they become examples."""
+
+    train: str = field(
+        metadata=_help("training rows: jsonl, csv or parquet file, directory, or hub id")
+    )
+    validation: str | None = field(
+        default=None, metadata=_help("validation rows, in the same format")
+    )
+    validation_share: float | None = field(
+        default=None,
+        metadata=_help("hold out this share of the training rows for validation, 0 to 1"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = self.validation_share
+        _require(
+            share is None or 0 < share < 1, "data.validation_share", "0 < share < 1 or null", share
+        )
+        if share is not None and self.validation is not None:
+            raise ConfigError(
+                "validation rows are given twice",
+                where="data.validation and data.validation_share",
+                expected="a validation file, or a share of the training rows",
+                remedy="remove one of them",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    """How to train."""
+
+    epochs: float | None = field(
+        default=None,
+        metadata=_help(f"passes over the data; {DEFAULT_EPOCHS:g} when max_steps is not given"),
+    )
+    max_steps: int | None = field(
+        default=None, metadata=_help("optimizer steps, in place of epochs")
+    )
+    batch_size: int = field(default=8, metadata=_help("rows in one forward pass, per device"))
+    gradient_accumulation: int = field(
+        default=1, metadata=_help("forward passes per optimizer step")
+    )
+    lr: float = field(default=2e-4, metadata=_help("highest learning rate"))
+    schedule: Schedule = field(
+        default="linear",
+        metadata=_help("after the warmup: linear to zero, cosine to zero, or constant"),
+    )
+    warmup_steps: int = field(
+        default=0, metadata=_help("steps over which the rate rises from zero")
+    )
+    warmup_ratio: float = field(
+        default=0.0, metadata=_help("the same as a share of all steps, 0 to 1")
+    )
+    weight_decay: float = field(default=0.0, metadata=_help("AdamW's decoupled weight decay"))
+    adam_betas: tuple[float, float] = field(
+        default=(0.9, 0.999), metadata=_help("AdamW's decay rates of the two moments")
+    )
+    adam_eps: float = field(default=1e-8, metadata=_help("AdamW's epsilon"))
+    max_grad_norm: float | None = field(
+        default=1.0, metadata=_help("clip the gradient to this norm; null does not clip")
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata=_help("share of the target spread over the vocabulary, 0 to 1")
+    )
+    precision: Precision = field(
+        default="auto",
+        metadata=_help(
+            "arithmetic of the forward pass: fp32, bf16 (autocast; adapter, loss and optimizer "
+            "stay float32), or auto: bf16 where the device has it in hardware"
+        ),
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata=_help("recompute activations in the backward pass: less memory")
+    )
+    length_grouping: bool = field(
+        default=True, metadata=_help("batches of rows of similar length: less padding")
+    )
+    eval_every: int | Literal["epoch"] = field(
+        default="epoch", metadata=_help("validate every so many steps, or after each epoch")
+    )
+    eval_batch_size: int | None = field(
+        default=None, metadata=_help("rows per validation batch; null: batch_size")
+    )
+    save_every: int | Literal["epoch"] = field(
+        default="epoch", metadata=_help("checkpoint every so many steps, or after each epoch")
+    )
+    keep_checkpoints: int = field(
+        default=2, metadata=_help("how many of the newest checkpoints stay; the best stays beside")
+    )
+    keep_best: bool = field(
+        default=True,
+        metadata=_help("the final adapter is the one with the lowest validation loss"),
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=_help("stop after so many validations in a row without a new lowest loss"),
+    )
+    tensorboard: bool = field(
+        default=False, metadata=_help("also write TensorBoard events (extra: tensorboard)")
+    )
+
+    def __post_init__(self) -> None:
+        self._check_length()
+        self._check_optimizer()
+        self._check_cadence()
+
+    def _check_length(self) -> None:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ConfigError(
+                "the length of the run is given twice",
+                where="train.epochs and train.max_steps",
+                expected="one of them",
+                found=f"epochs {self.epochs:g}, max_steps {self.max_steps}",
+                remedy="set the other to null or remove it",
+            )
+        _require(self.epochs is None or self.epochs > 0, "train.epochs", "> 0", self.epochs)
+        _require_at_least(self, "max_steps", 1)
+        _require_at_least(self, "batch_size", 1)
+        _require_at_least(self, "gradient_accumulation", 1)
+
+    def _check_optimizer(self) -> None:
+        _require(self.lr > 0, "train.lr", "lr > 0", self.lr)
+        _require_at_least(self, "warmup_steps", 0)
+        _require_at_least(self, "weight_decay", 0)
+        _require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
+        if self.warmup_steps and self.warmup_ratio:
+            raise ConfigError(
+                "the warmup is given twice",
+                where="train.warmup_steps and train.warmup_ratio",
+                expected="one of them",
+                remedy="remove one of them",
+            )
+        for beta in self.adam_betas:
+            _require(0 <= beta < 1, "train.adam_betas", "two numbers, 0 <= beta < 1", beta)
+        _require(self.adam_eps > 0, "train.adam_eps", "> 0", self.adam_eps)
+        norm = self.max_grad_norm
+        _require(norm is None or norm > 0, "train.max_grad_norm", "> 0 or null", norm)
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 1, "train.label_smoothing", "0 <= share < 1", smoothing)
+
+    def _check_cadence(self) -> None:
+        for name in ("eval_every", "save_every"):
+            every = getattr(self, name)
+            _require(every == "epoch" or every >= 1, f"train.{name}", ">= 1 or 'epoch'", every)
+        _require_at_least(self, "eval_batch_size", 1)
+        _require_at_least(self, "keep_checkpoints", 1)
+        _require_at_least(self, "early_stopping_patience", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, how, and where the result goes.
+
+    Raises:
+        ConfigError: a value out of range, or values that do not combine.
+    """
+
+    model: ModelSection = field(metadata=_help("the base model"))
+    data: DataSection = field(metadata=_help("the rows"))
+    output: str = field(metadata=_help("directory of the run; must not exist, or be empty"))
+    task: Literal["sft"] = field(
+        default="sft", metadata=_help("what is learned: sft, to continue a prompt as the rows do")
+    )
+    method: Literal["lora"] = field(default="lora", metadata=_help("what is trained"))
+    lora: LoraSpec = field(default_factory=LoraSpec, metadata=_help("the adapter"))
+    train: TrainSection = field(default_factory=TrainSection, metadata=_help("how to train"))
+    name: str = field(default="default", metadata=_help("the adapter's name"))
+    seed: int = field(default=42, metadata=_help("of every random choice of the run"))
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output.strip()), "output", "a directory", self.output)
+        _require(
+            _NAME.fullmatch(self.name) is not None,
+            "name",
+            "letters, digits, '_', '-' and '.', starting with a letter or digit",
+            self.name,
+        )
+        _require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if not self.validates:
+            for name, is_set in (
+                ("early_stopping_patience", self.train.early_stopping_patience is not None),
+                ("eval_every", self.train.eval_every != "epoch"),
+            ):
+                if is_set:
+                    raise ConfigError(
+                        f"{name} needs validation rows",
+                        where=f"train.{name}",
+                        expected="data.validation or data.validation_share",
+                        remedy=f"name validation rows, or remove {name}",
+                    )
+        if self.train.precision == "fp32" and self.model.dtype == "bfloat16":
+            raise ConfigError(
+                "float32 arithmetic on weights kept in bfloat16 is neither of the two",
+                where="train.precision and model.dtype",
+                expected="precision bf16 with dtype bfloat16, or fp32 with float32",
+                remedy="change one of them",
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows."""
+        return self.data.validation is not None or self.data.validation_share is not None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Read plain values.
+
+        Raises:
+            ConfigError: an unknown or missing key, a wrong type or value.
+            SpecError: a LoraSpec that cannot be.
+        """
+        return schema.read(cls, values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Read a YAML file, then the overrides ("train.lr=1e-4", or "lr=1e-4" where unambiguous).
+
+        Paths in the file are relative to the current directory.
+
+        Raises:
+            ConfigError: the file or an override cannot be read, or a key or value is wrong.
+            SpecError: a LoraSpec that cannot be.
+        """
+        return cls.from_dict(apply_overrides(cls, read_mapping(path), overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `from_dict` reads them back."""
+        return schema.plain(self)
+
+    def to_yaml(self) -> str:
+        """YAML text that `from_yaml` reads back."""
+        return dump(self.to_dict())
+
+    @classmethod
+    def fields(cls) -> list[schema.FieldHelp]:
+        """Every key of the file with its type, default and meaning."""
+        return list(schema.leaves(cls))
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The full names of the leaves in which two `to_dict` results differ, sorted."""
+    changed: set[str] = set()
+    for key in {*old, *new}:
+        name, before, after = schema.join(prefix, key), old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed.update(changed_keys(before, after, name))
+        elif before != after:
+            changed.add(name)
+    return sorted(changed)
+
+
+def _require(fits: bool, where: str, expected: str, found: object) -> None:
+    if not fits:
+        raise ConfigError(
+            f"{where} is out of range", where=where, expected=expected, found=repr(found)
+        )
+
+
+def _require_at_least(section: TrainSection, name: str, least: int) -> None:
+    value = getattr(section, name)
+    _require(value is None or value >= least, f"train.{name}", f">= {least}", value)

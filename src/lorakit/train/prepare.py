@@ -1,0 +1,219 @@
+"""Everything about a run that is known before the model is loaded: rows, plan, memory, steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lorakit.adapters.plan import AdapterPlan, plan_adapter
+from lorakit.data.rows import Rows
+from lorakit.data.sft import Examples, build_examples
+from lorakit.data.sources import load_rows
+from lorakit.environment import default_device, supports_bf16
+from lorakit.errors import DataError, LorakitWarning, ModelError
+from lorakit.models.load import load_config, load_tokenizer, resolve_dtype
+from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
+from lorakit.train.memory import (
+    BatchShape,
+    MemoryEstimate,
+    empty_model,
+    estimate_memory,
+    free_memory_bytes,
+    require_room,
+)
+from lorakit.train.trainer import steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The rows of a run and the examples made of them."""
+
+    train_rows: Rows
+    train: Examples
+    validation_rows: Rows | None
+    validation: Examples | None
+
+    def hashes(self) -> dict[str, str | None]:
+        """SHA-256 of the rows' content."""
+        validation = self.validation_rows
+        return {
+            "train": self.train_rows.sha256,
+            "validation": None if validation is None else validation.sha256,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Sources, hashes, counts, and what tokenising found."""
+        record = {"train": {**self.train_rows.to_json(), "report": asdict(self.train.report)}}
+        if self.validation_rows is not None and self.validation is not None:
+            record["validation"] = {
+                **self.validation_rows.to_json(),
+                "report": asdict(self.validation.report),
+            }
+        return record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a run will do.
+
+    Attributes:
+        tokenizer: of the base.
+        data: rows and examples.
+        plan: the adapter.
+        num_base_params: parameters of the base.
+        memory: the estimate.
+        free_bytes: memory that was free.
+        device: where the run computes.
+        bf16: whether the forward pass is autocast to bfloat16.
+        steps_per_epoch: optimizer steps in one pass over the data.
+        max_steps: optimizer steps in all.
+        notes: what the user should know, one sentence each.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    data: RunData
+    plan: AdapterPlan
+    num_base_params: int
+    memory: MemoryEstimate
+    free_bytes: int
+    device: torch.device
+    bf16: bool
+    steps_per_epoch: int
+    max_steps: int
+
+    def lines(self, config: TrainConfig) -> list[str]:
+        """The plan in sentences, to be said before the model is loaded."""
+        train, num_params = self.data.train, self.plan.num_params()
+        validation = self.data.validation
+        report = train.report
+        epochs = self.max_steps / self.steps_per_epoch
+        held = f", {len(validation):,} for validation" if validation is not None else ""
+        precision = "bfloat16 autocast, adapter and loss in float32" if self.bf16 else "float32"
+        return [
+            f"data: {len(train):,} examples{held}; {report.num_tokens:,} tokens, "
+            f"{report.num_learned_tokens:,} of them learned; longest row {report.longest}",
+            f"adapter: r={self.plan.spec.r} on {len(self.plan.sites)} sites, {num_params:,} "
+            f"parameters ({num_params / self.num_base_params:.3%} of {self.num_base_params:,})",
+            f"steps: {self.max_steps:,} ({epochs:.3g} epochs), batch {config.train.batch_size} x "
+            f"{config.train.gradient_accumulation}",
+            f"precision: {precision}, on {self.device.type}",
+            f"memory: {self.memory}, {self.free_bytes / 1e9:.1f} GB free",
+        ]
+
+
+def prepare(config: TrainConfig) -> Preparation:
+    """Read the rows, plan the adapter, estimate the memory; no weights are loaded.
+
+    Raises:
+        ModelError, DataError, TargetError, SpecError: what is asked for is not there or cannot be.
+        MemoryPlanError: the run cannot fit.
+    """
+    if config.model.quantize is not None:
+        raise ModelError(
+            "training on a quantized base is not part of this version",
+            where="model.quantize",
+            expected="null",
+            found=config.model.quantize,
+            remedy="remove it: the weights are loaded dense",
+        )
+    base = empty_model(load_config(config.model.ref))
+    with warnings.catch_warnings():
+        # The same notes come again when the plan is attached to the real model.
+        warnings.simplefilter("ignore", LorakitWarning)
+        plan = plan_adapter(base, config.lora)
+    tokenizer = load_tokenizer(config.model.ref)
+    data = read_data(config, tokenizer)
+    device = default_device()
+    memory = estimate_memory(
+        base,
+        plan.num_params(),
+        _largest_batch(data, config.train.batch_size),
+        dtype=resolve_dtype(config.model.dtype, device) or torch.float32,
+        checkpointing=config.train.gradient_checkpointing,
+    )
+    free_bytes = free_memory_bytes(device)
+    require_room(memory, free_bytes)
+    if memory.total_bytes > free_bytes:
+        warnings.warn(
+            f"the run may not fit in memory: {memory}, {free_bytes / 1e9:.2f} GB free; lower "
+            "train.batch_size or data.max_length, or set train.gradient_checkpointing",
+            LorakitWarning,
+            stacklevel=2,
+        )
+    per_epoch = steps_per_epoch(
+        len(data.train), config.train.batch_size, config.train.gradient_accumulation
+    )
+    return Preparation(
+        tokenizer=tokenizer,
+        data=data,
+        plan=plan,
+        num_base_params=sum(p.numel() for p in base.parameters()),
+        memory=memory,
+        free_bytes=free_bytes,
+        device=device,
+        bf16=resolve_bf16(config, device),
+        steps_per_epoch=per_epoch,
+        max_steps=config.train.max_steps
+        or math.ceil((config.train.epochs or DEFAULT_EPOCHS) * per_epoch),
+    )
+
+
+def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    """The rows and examples for training and validation.
+
+    Raises:
+        DataError: rows that are missing, broken, empty, or too few to hold some out.
+    """
+    options = config.data
+    train_rows = load_rows(options.train)
+    validation_rows: Rows | None = None
+    if options.validation is not None:
+        # A directory or hub id that is named twice has one split for each.
+        split = "validation" if options.validation == options.train else None
+        validation_rows = load_rows(options.validation, split=split)
+    elif options.validation_share is not None:
+        train_rows, validation_rows = _hold_out(train_rows, options.validation_share, config.seed)
+    validation: Examples | None = None
+    train = build_examples(train_rows, tokenizer, options)
+    if validation_rows is not None:
+        validation = build_examples(
+            validation_rows, tokenizer, options, label="tokenising validation"
+        )
+    return RunData(
+        train_rows=train_rows,
+        train=train,
+        validation_rows=validation_rows,
+        validation=validation,
+    )
+
+
+def _hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    num_held = max(1, round(share * len(rows)))
+    if num_held >= len(rows):
+        raise DataError(
+            "too few rows to hold some out for validation",
+            where=rows.source,
+            expected="at least two rows",
+            found=f"{len(rows)} rows, {num_held} of them held out",
+            remedy="name validation rows of their own, or lower data.validation_share",
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return rows.select(sorted(order[num_held:])), rows.select(sorted(order[:num_held]))
+
+
+def resolve_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the forward pass runs in bfloat16."""
+    if config.train.precision == "auto":
+        return supports_bf16(device)
+    return config.train.precision == "bf16"
+
+
+def _largest_batch(data: RunData, batch_size: int) -> BatchShape:
+    rows = min(batch_size, len(data.train))
+    learned = sorted((example.num_learned for example in data.train), reverse=True)
+    return BatchShape(rows=rows, length=max(map(len, data.train)), labels=sum(learned[:rows]))

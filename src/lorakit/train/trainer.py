@@ -1,0 +1,329 @@
+"""AdapterTrainer: transformers' Trainer, loss at the labels only, checkpoints of the adapter only.
+
+What transformers does and what this class does instead, so that a run that was killed goes on bit
+for bit on a CPU:
+
+- Data order comes from (seed, epoch), never from the global generators, and the loader draws its
+  own seeds from its own generator: an epoch that is entered in the middle has the same batches.
+- Validation comes before the checkpoint of the same step, so a checkpoint knows its own result.
+- The best checkpoint, the patience and the counters are part of the checkpoint (RunState).
+- Every step is logged, so no sum of losses is lost between two log lines.
+- A checkpoint is staged, hashed and renamed; see `checkpoints`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.optimization import get_scheduler
+from transformers.trainer_callback import DefaultFlowCallback
+
+from lorakit.data.sampling import LengthGroupedSampler
+from lorakit.data.sft import Examples
+from lorakit.errors import TrainingError
+from lorakit.models.label_head import LabelHead
+from lorakit.train.callbacks import EpochCallback, FiniteGradientCallback
+from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState
+from lorakit.train.loaders import ROWS, Collate, training_loader, validation_batches
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerParts:
+    """What a run hands to its trainer.
+
+    Attributes:
+        train: the training examples.
+        validation: the validation examples, or None.
+        collate: examples to a batch of tensors (batch, positions).
+        sampler: the order of the training examples, by epoch.
+        origin: index of a training row -> where it was read.
+        save_adapter: writes the adapter of the model into a directory.
+        load_adapter: puts the adapter in a directory back into the model.
+        checkpoints: where checkpoints go.
+        identity: what a checkpoint says about its run; see `Checkpoint`.
+    """
+
+    train: Examples
+    validation: Examples | None
+    collate: Collate
+    sampler: LengthGroupedSampler
+    origin: Callable[[int], str]
+    save_adapter: Callable[[Path], None]
+    load_adapter: Callable[[Path], None]
+    checkpoints: CheckpointStore
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How the trainer takes a step, beyond transformers' TrainingArguments.
+
+    Attributes:
+        schedule: name of the learning-rate schedule.
+        num_warmup_steps: steps over which the rate rises.
+        label_smoothing: share of the target spread over the vocabulary.
+        bf16: autocast the forward pass to bfloat16.
+        patience: validations without a new lowest loss before the run stops, None never.
+        keep_best: write a checkpoint at every new lowest validation loss.
+    """
+
+    schedule: str
+    num_warmup_steps: int
+    label_smoothing: float
+    bf16: bool
+    patience: int | None
+    keep_best: bool
+
+
+class AdapterTrainer(Trainer):
+    """Trains the parameters of a model that require a gradient.
+
+    Args:
+        model: the base with the adapter attached; trained in place.
+        args: transformers' arguments.
+        parts: data, adapter files and checkpoints.
+        options: the step.
+        callbacks: beyond the trainer's own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        parts: TrainerParts,
+        options: StepOptions,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=cast(Any, parts.train))
+        # One process, one device: torch's DataParallel would split batches behind our back.
+        args._n_gpu = min(args.n_gpu, 1)
+        self.parts = parts
+        self.options = options
+        self.run_state = RunState()
+        self.adapter_model = model
+        self.label_head = LabelHead(model)
+        # Our loss divides by the labels of all accumulated batches itself.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._step_rows: list[int] = []
+        self._step_loss = 0.0
+        self._step_tokens = 0
+        self._step_started = time.perf_counter()
+        for ours in (PrinterCallback, DefaultFlowCallback):
+            self.remove_callback(ours)
+        num_steps = steps_per_epoch(
+            len(parts.train), args.per_device_train_batch_size, args.gradient_accumulation_steps
+        )
+        self.add_callback(EpochCallback(parts.sampler.set_epoch, num_steps))
+        self.add_callback(FiniteGradientCallback(self._stop_step))
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The training batches of the epoch that `EpochCallback` sets."""
+        return training_loader(
+            self.parts.train,
+            self.parts.sampler,
+            self.parts.collate,
+            pin_memory=self.args.device.type == "cuda",
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Inputs], Tensor]:
+        """The batches of one optimizer step, and the number of their labels."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        # Labels at position 0 are nobody's target: the models shift by one.
+        counts = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
+        num_items = torch.stack(counts).sum() if counts else torch.tensor(0)
+        self._step_rows, self._step_loss, self._step_tokens = [], 0.0, 0
+        self._step_started = time.perf_counter()
+        return batches, num_items.clamp(min=1).to(device)
+
+    # Steps
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warmup, then the schedule, over all steps of the run."""
+        if self.lr_scheduler is None:
+            name = self.options.schedule
+            self.lr_scheduler = get_scheduler(
+                "constant_with_warmup" if name == "constant" else name,
+                optimizer=cast(Any, self.optimizer) if optimizer is None else optimizer,
+                num_warmup_steps=self.options.num_warmup_steps,
+                num_training_steps=num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(
+        self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one batch; a loss that is not finite stops the run."""
+        rows = inputs.pop(ROWS).tolist()
+        self._step_rows.extend(rows)
+        self._step_tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        value = float(loss)
+        if not math.isfinite(value):
+            self._stop_step("loss", f"{value}")
+        self._step_loss += value
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Cross-entropy at the labels, summed and divided by the labels of the whole step."""
+        loss = self.label_head.loss(
+            inputs,
+            num_items=num_items_in_batch,
+            label_smoothing=self.options.label_smoothing,
+        )
+        return (loss, None) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast to bfloat16 when asked: the one place where precision is decided."""
+        stack = contextlib.ExitStack()
+        if self.options.bf16:
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return stack
+
+    def floating_point_ops(self, inputs: Inputs) -> int:
+        """Not counted: transformers' estimate walks all parameters at every batch."""
+        return 0
+
+    # Validation
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean cross-entropy per label over all validation rows, without label smoothing."""
+        examples = self.parts.validation
+        if examples is None:
+            raise TrainingError("there are no validation rows", where="evaluate")
+        model, started = self.adapter_model, time.perf_counter()
+        was_training = model.training
+        model.eval()
+        total, num_labels = 0.0, 0
+        size = self.args.per_device_eval_batch_size
+        for batch in validation_batches(examples, self.parts.collate, size):
+            inputs: Inputs = self._prepare_inputs(batch)  # pyright: ignore[reportAssignmentType]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self.label_head.logits(inputs)
+                total += float(found.nll().double().sum())
+            num_labels += found.targets.numel()
+        model.train(was_training)
+        loss = total / max(num_labels, 1)
+        self._note_validation(loss)
+        logs = {
+            "eval_loss": loss,
+            "eval_tokens": num_labels,
+            "eval_s": time.perf_counter() - started,
+        }
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def _note_validation(self, loss: float) -> None:
+        step = self.state.global_step
+        if not math.isfinite(loss):
+            self._fail("the validation loss is not finite", f"step {step}", f"{loss}")
+        self.run_state = self.run_state.after_evaluation(step, loss, self.options.patience)
+        if self.options.keep_best and self.run_state.best_step == step:
+            self.control.should_save = True
+        if self.run_state.stopped_early:
+            self.control.should_save = True
+            self.control.should_training_stop = True
+
+    # Logs and errors
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Pass a line to the callbacks; metrics.jsonl is the history, not the checkpoints."""
+        line = dict(logs)
+        if "loss" in line:
+            line = self._training_line(line)
+        elif "eval_loss" not in line:
+            return
+        line = {"epoch": self.state.epoch or 0.0, **line}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, line)
+
+    def _training_line(self, logs: dict[str, float]) -> dict[str, float]:
+        step_s = time.perf_counter() - self._step_started
+        self.run_state = replace(
+            self.run_state,
+            num_tokens=self.run_state.num_tokens + self._step_tokens,
+            num_examples=self.run_state.num_examples + len(self._step_rows),
+            busy_s=self.run_state.busy_s + step_s,
+        )
+        return {
+            "loss": self._step_loss,
+            "grad_norm": float(logs["grad_norm"]),
+            "lr": logs["learning_rate"],
+            "num_tokens": self._step_tokens,
+            "step_s": step_s,
+        }
+
+    def _stop_step(self, what: str, found: str) -> None:
+        step = self.state.global_step + 1
+        names = [self.parts.origin(row) for row in self._step_rows]
+        shown = ", ".join(names[:16]) + (f", and {len(names) - 16} more" if len(names) > 16 else "")
+        self._fail(f"the {what} is not finite", f"step {step}, batch of {shown}", found)
+
+    def _fail(self, what: str, where: str, found: str) -> NoReturn:
+        last = self.parts.checkpoints.last()
+        kept = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
+        raise TrainingError(
+            what,
+            where=where,
+            expected="a finite number",
+            found=found,
+            remedy=f"lower train.lr, set train.max_grad_norm, or look at these rows; {kept}",
+        )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        store = self.parts.checkpoints
+        with store.write(step, self.run_state, self.parts.identity) as staging:
+            self.parts.save_adapter(staging / ADAPTER)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_rng_state(str(staging))
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        self.parts.load_adapter(Path(resume_from_checkpoint) / ADAPTER)
+
+
+def steps_per_epoch(num_examples: int, batch_size: int, gradient_accumulation: int) -> int:
+    """Optimizer steps in one pass over the data; the last one may have fewer batches."""
+    return math.ceil(math.ceil(num_examples / batch_size) / gradient_accumulation)

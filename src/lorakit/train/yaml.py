@@ -1,0 +1,96 @@
+"""Read YAML as people mean it: 1e-4 is a number, a key given twice is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakit.errors import ConfigError
+
+
+class _DuplicateKeyError(yaml.MarkedYAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 floats and without silently overwritten keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise _DuplicateKeyError(
+                    problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 asks for a dot in a float, so PyYAML reads 1e-4 as the text "1e-4".
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_value(text: str, *, where: str) -> Any:
+    """The YAML value of an override's right-hand side.
+
+    Raises:
+        ConfigError: the text is not YAML.
+    """
+    return _load(text, where=where)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not text, is not YAML or is not a mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError("the config file does not exist", where=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the config file cannot be read",
+            where=str(path),
+            expected="a YAML text file",
+            found=str(error),
+        ) from error
+    value = _load(text, where=str(path))
+    if not isinstance(value, dict):
+        raise ConfigError(
+            "the config file is not a mapping",
+            where=str(path),
+            expected="lines of `key: value`",
+            found="an empty file" if value is None else type(value).__name__,
+        )
+    return value
+
+
+def dump(value: dict[str, Any]) -> str:
+    """YAML text that `read_mapping` reads back, in the order of the mapping."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _load(text: str, *, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        raise ConfigError(
+            "this is not YAML",
+            where=where if mark is None else f"{where}, line {mark.line + 1}",
+            found=problem,
+        ) from error
