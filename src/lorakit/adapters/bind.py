@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,6 +127,20 @@ def _changes_nothing(adapter: Adapter) -> bool:
     if adapter.biases or adapter.overrides:
         return False
     return all(not bool(f.A.any()) or not bool(f.B.any()) for f in adapter.factors.values())
+
+
+def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Check that an adapter binds, and give its factors the kinds this model's layers have.
+
+    A foreign file does not always tell a Linear from a Conv1D. Changes nothing and works on the
+    meta device.
+
+    Raises:
+        AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
+    """
+    plan = _plan_for(model, adapter)
+    factors = {s.name: replace(adapter.factors[s.name], kind=s.kind) for s in plan.sites}
+    return replace(adapter, factors=factors)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -309,6 +324,8 @@ def _changed_base(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[st
     problems: list[str] = []
     for name, weight in adapter.base_weights.items():
         own = modules[name].get_parameter("weight") if name in modules else None
+        if own is not None and own.is_meta:
+            continue
         if own is None or own.shape != weight.shape:
             problems.append(f"extra: {name}.base_layer.weight: does not fit the base")
         elif not torch.allclose(own.detach().float().cpu(), weight.float(), rtol=2**-7, atol=1e-6):

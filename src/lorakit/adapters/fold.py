@@ -40,7 +40,7 @@ class Merged:
     untied: tuple[str, ...]
 
 
-def merge(model: nn.Module, name: str = "default") -> Merged:
+def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merged:
     """Fold an adapter into the base weights: W = W0 + s B A, added in float32, stored as W0 was.
 
     The model then runs at the base's speed, with this adapter on for every row. Mutates `model`;
@@ -51,6 +51,8 @@ def merge(model: nn.Module, name: str = "default") -> Merged:
     Args:
         model: a model with the adapter attached.
         name: the adapter.
+        keep: keep the originals for `unmerge`; without, the merge cannot be undone and costs no
+            more than one weight at a time.
 
     Raises:
         StateError: not attached, or another adapter is merged already.
@@ -62,13 +64,15 @@ def merge(model: nn.Module, name: str = "default") -> Merged:
     base = fingerprint(model, left_out=whole_modules(plan)).to_json()
     untied = tuple(_shared_with_others(model, name))
     written: list[tuple[BaseWeight, object]] = []
-    kept_bytes = 0
+    kept_bytes = num_weights = 0
     try:
         for where, weight, value in _merged_values(model, name):
             if not bool(torch.isfinite(value).all()):
                 raise MergeError("a merged weight is not finite", where=where)
-            kept_bytes += weight.kept_bytes()
-            written.append((weight, weight.keep()))
+            if keep:
+                kept_bytes += weight.kept_bytes()
+                written.append((weight, weight.keep()))
+            num_weights += 1
             weight.write(value)
     except BaseException:
         _restore(written)
@@ -79,7 +83,7 @@ def merge(model: nn.Module, name: str = "default") -> Merged:
     record.routing.active = name
     if untied:
         _untie(model, record)
-    return Merged(num_weights=len(written), kept_bytes=kept_bytes, untied=untied)
+    return Merged(num_weights=num_weights, kept_bytes=kept_bytes, untied=untied)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -93,6 +97,11 @@ def unmerge(model: nn.Module) -> None:
     record = attachments_of(model)
     if not record.routing.merged:
         raise StateError("no adapter is merged", remedy="merge(model, name) first")
+    if not record.kept:
+        raise StateError(
+            "the merge cannot be undone: the original weights were not kept",
+            remedy="load the base again, or merge with keep=True",
+        )
     _restore(record.kept)
     record.kept = []
     record.base_fingerprint = None

@@ -77,7 +77,7 @@ def open_session(args: argparse.Namespace) -> Session:
     note(f"loading {ref}" + (f" with {args.adapter}" if args.adapter else ""))
     model, tokenizer = load_model(ref, dtype=args.dtype, device=args.device)
     if args.adapter:
-        load_adapter(model, args.adapter, name=ADAPTER, allow_base_mismatch=args.any_base)
+        load_adapter(model, args.adapter, name=ADAPTER, any_base=args.any_base)
     return Session(
         ref=ref, model=model, tokenizer=tokenizer, adapter=ADAPTER if args.adapter else None
     )

@@ -87,16 +87,17 @@ class ExampleBuilder:
         content = read_content(self._rows[index], self._format, self._options, where=where)
         scripts = self._renderer.scripts(content, where)
         answer = answer_of(content)
-        self._count["empty_answers"] += answer is not None and not answer.strip()
+        text = (answer or "").strip()
+        self._count["empty_answers"] += answer is not None and not text
         self._count["nothing"] += not scripts
         self._count["split"] += len(scripts) > 1
-        if self._chat and self._options.completion_only and scripts and answer:
-            self._see_lead(scripts[-1].segments[-1].text, answer)
+        if self._chat and self._options.completion_only and scripts and text:
+            self._see_lead(scripts[-1].segments[-1].text, text)
         return scripts
 
     def _see_lead(self, learned: str, answer: str) -> None:
         """Narrow down the text of the template with which every answer begins."""
-        lead, found, _ = learned.partition(answer.strip())
+        lead, found, _ = learned.partition(answer)
         lead = lead.rstrip(" ") if found and lead.strip() else ""
         self._lead = lead if self._lead in (None, lead) else ""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.data.sft import stop_token_ids
 from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.models.label_head import evaluating
 from lorakit.progress import progress
@@ -50,13 +51,14 @@ def generate_answers(
     max_new_tokens: int = 128,
     batch_size: int = 16,
     label: str = "answering",
-    origins: Sequence[str] | None = None,
 ) -> list[Answer]:
-    """Continue each prompt with the most likely token at every step, until EOS or the limit.
+    """Continue each prompt with the most likely token at every step, until it ends or the limit.
 
-    The model's own sampling settings, penalties and suppressed tokens are not used, so the answers
-    depend on the weights alone. Prompts of similar length share a batch. The adapter that is active
-    (see `lorakit.adapters.attach.use`) answers; the model comes back in the mode it was in.
+    An answer ends at any end-of-sequence token that the model or its tokenizer names, and at the
+    marker with which the chat template closes an answer. The model's own sampling settings,
+    penalties and suppressed tokens are not used, so the answers depend on the weights alone.
+    Prompts of similar length share a batch. The adapter that is active (see
+    `lorakit.adapters.attach.use`) answers; the model comes back in the mode it was in.
 
     Args:
         model: a causal or sequence-to-sequence language model.
@@ -65,7 +67,6 @@ def generate_answers(
         max_new_tokens: the longest answer, in tokens.
         batch_size: prompts answered together.
         label: what the progress bar says.
-        origins: where each prompt comes from, for error messages.
 
     Returns:
         One answer per prompt, in the order of the prompts.
@@ -75,7 +76,8 @@ def generate_answers(
         ModelError: the model has no language-modelling head.
     """
     job = _prepare(model, tokenizer)
-    _check_prompts(prompts, job.context, max_new_tokens, origins)
+    check_prompts(model, prompts)
+    _warn_of_cuts(prompts, job.context, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers: dict[int, Answer] = {}
     num_tokens, started = 0, time.monotonic()
@@ -97,46 +99,22 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-def end_of_sequence_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, ...]:
-    """Every token id that ends an answer, as the model's settings or its tokenizer name them."""
-    sources: tuple[Any, ...] = (
-        model.generation_config.eos_token_id,
-        model.config.get_text_config().eos_token_id,
-        tokenizer.eos_token_id,
-    )
-    named: set[int] = set()
-    for ids in sources:
-        named.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return tuple(sorted(named))
-
-
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Job:
-    if not model.can_generate():
-        raise ModelError(
-            "this model cannot write answers",
-            where=type(model).__name__,
-            expected="a causal or sequence-to-sequence language model",
-        )
-    eos_ids = end_of_sequence_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id
-    if not isinstance(pad_id, int):
-        # Padding is masked, so any id will do; the end of the answer is found from eos_ids.
-        pad_id = eos_ids[0] if eos_ids else 0
-    text_config = model.config.get_text_config()
-    # Absent for relative positions (T5) and ALiBi (BLOOM), which have no end.
-    context = getattr(text_config, "max_position_embeddings", None)
-    return _Job(model, tokenizer, eos_ids, pad_id, context)
-
-
-def _check_prompts(
+def check_prompts(
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    context: int | None,
-    max_new_tokens: int,
-    origins: Sequence[str] | None,
+    origins: Sequence[str] | None = None,
 ) -> None:
-    num_short = 0
+    """Refuse prompts that are empty or leave no room for an answer, before any work is done.
+
+    Args:
+        model: the model that is to answer.
+        prompts: token ids of each prompt.
+        origins: where each prompt comes from, for the message.
+
+    Raises:
+        DataError: names the first such prompt.
+    """
+    context = _context_length(model)
     for index, prompt in enumerate(prompts):
         where = origins[index] if origins is not None else f"prompt {index}"
         if not len(prompt):
@@ -154,7 +132,51 @@ def _check_prompts(
                 found=f"{len(prompt):,} tokens",
                 remedy="shorten the prompt, or take a model with a longer context",
             )
-        num_short += context is not None and len(prompt) + max_new_tokens > context
+
+
+def end_of_sequence_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Every token id that ends an answer: EOS as model and tokenizer name it, the chat marker.
+
+    The chat marker is what the template writes behind an answer, which need not be EOS.
+    """
+    sources: tuple[Any, ...] = (
+        model.generation_config.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+        tokenizer.eos_token_id,
+    )
+    named = set(stop_token_ids(tokenizer))
+    for ids in sources:
+        named.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return tuple(sorted(named))
+
+
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Job:
+    if not model.can_generate():
+        raise ModelError(
+            "this model cannot write answers",
+            where=type(model).__name__,
+            expected="a causal or sequence-to-sequence language model",
+        )
+    eos_ids = end_of_sequence_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id
+    if not isinstance(pad_id, int):
+        # Padding is masked, so any id will do; the end of the answer is found from eos_ids.
+        pad_id = eos_ids[0] if eos_ids else 0
+    context = None if model.config.is_encoder_decoder else _context_length(model)
+    return _Job(model, tokenizer, eos_ids, pad_id, context)
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    # Absent for relative positions (T5) and ALiBi (BLOOM), which have no end.
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _warn_of_cuts(
+    prompts: Sequence[Sequence[int]], context: int | None, max_new_tokens: int
+) -> None:
+    num_short = sum(context is not None and len(p) + max_new_tokens > context for p in prompts)
     if num_short:
         warnings.warn(
             f"{num_short} of {len(prompts)} prompts leave less than {max_new_tokens} tokens of the "
@@ -196,9 +218,7 @@ def _answer_batch(job: _Job, prompts: list[Sequence[int]], max_new_tokens: int) 
         left = 0 if seq2seq else width - len(prompt)
         input_ids[row, left : left + len(prompt)] = torch.tensor(prompt)
         attention_mask[row, left : left + len(prompt)] = 1
-    room = max_new_tokens
-    if job.context is not None and not seq2seq:
-        room = min(room, job.context - width)
+    room = max_new_tokens if job.context is None else min(max_new_tokens, job.context - width)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit.adapters.attach import active_adapter
 from lorakit.errors import DataError, LorakitWarning
+from lorakit.layers.adapted import Wrapper
 
 IGNORED = -100
 
@@ -79,7 +81,8 @@ class LabelHead:
 
     Causal models are shifted by one, as in transformers' ForCausalLMLoss; sequence-to-sequence
     models are not. Keep one object per model: the comparison with the full forward runs on the
-    first batch it sees (without gradient, without dropout, on two rows).
+    first batch it sees (without gradient, without dropout, on two rows unless each row names its own
+    adapter).
 
     Args:
         model: a transformers model with a language-modelling head; it is not changed.
@@ -182,6 +185,11 @@ class LabelHead:
 
     def _check(self, batch: Batch, mask: Tensor) -> None:
         rows = mask.any(dim=1).nonzero()[:_CHECKED_ROWS, 0]
+        if isinstance(active_adapter(self._model), tuple):
+            if isinstance(self._head, Wrapper):
+                self._fall_back("its head has adapters, and each row names its own")
+                return
+            rows = torch.arange(mask.shape[0])  # the rows' names would not fit a part of them
         num_rows = mask.shape[0]
         part = {
             k: v[rows.to(v.device)] if v.ndim > 0 and v.shape[0] == num_rows else v

@@ -12,11 +12,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+from torch import nn
+
 from lorakit.errors import LorakitWarning, TrainingError
-from lorakit.files import atomic_directory, write_json
+from lorakit.files import atomic_directory, write_json, writing
+from lorakit.methods.base import Method
 
 MANIFEST = "checkpoint.json"
 ADAPTER = "adapter"
+STATE = "trained.safetensors"
 _PREFIX = "step-"
 
 
@@ -184,6 +189,28 @@ class CheckpointStore:
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save_state(method: Method, model: nn.Module, directory: Path) -> None:
+    """Write the learned tensors themselves, bit for bit, whatever the adapter's file layout does.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in method.state(model).items()
+    }
+    with writing(directory):
+        save_file(tensors, str(directory / STATE))
+
+
+def load_state(method: Method, model: nn.Module, directory: Path) -> None:
+    """Put the learned tensors of a checkpoint back into the model, in place.
+
+    Raises:
+        AdapterFileError: they are not this adapter's.
+    """
+    method.load(model, load_file(str(directory / STATE)))
 
 
 def _list_files(directory: Path) -> dict[str, dict[str, Any]]:

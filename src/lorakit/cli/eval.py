@@ -1,0 +1,121 @@
+"""`lorakit eval`: the base and an adapter on the same data, with intervals and p-values."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lorakit.cli import console
+from lorakit.cli.session import add_model_arguments, open_session
+from lorakit.data.options import SftOptions
+from lorakit.data.sources import load_rows
+from lorakit.errors import RequestError
+from lorakit.evaluate.options import METRICS, EvalOptions
+from lorakit.evaluate.run import EvalResult, evaluate
+from lorakit.files import write_json
+from lorakit.report.numbers import format_count, format_duration, format_estimate, format_number
+
+SUMMARY = "compare the base and an adapter on a data file"
+
+# Metrics that are a fraction of something, written in percent.
+_SHARES = frozenset({"exact_match", "token_f1", "sql_execution", "choice", "bleu", "rouge_l"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lorakit eval`."""
+    parser.add_argument("data", help="a data file, a directory, or a hub id")
+    add_model_arguments(parser)
+    parser.add_argument("--split", help="which split of a directory or a hub data set")
+    parser.add_argument(
+        "--metrics",
+        default="perplexity,exact_match,token_f1",
+        metavar="A,B,...",
+        help=f"what to measure: {', '.join(METRICS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="which column plays which role, as in --column prompt=question; may be repeated",
+    )
+    parser.add_argument("--system", help="a system turn for rows that have none")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="also write scores and all answers as JSON"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print the comparison; returns the exit code."""
+    options = EvalOptions(
+        metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        seed=args.seed,
+        sft=SftOptions(columns=_columns(args.column), system=args.system),
+    )
+    rows = load_rows(args.data, split=args.split)
+    session = open_session(args)
+    result = evaluate(
+        session.model, session.tokenizer, rows, options, systems=dict(session.systems)
+    )
+    record: dict[str, Any] = {
+        "model": session.ref,
+        "adapter": args.adapter,
+        "data": rows.to_json(),
+        **result.to_json(),
+    }
+    if args.output:
+        write_json(args.output, record)
+    if args.json:
+        console.print_json(record if args.output is None else {**record, "outputs": args.output})
+    else:
+        _show(result, rows.source)
+    return 0
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    for (role, equals, name), text in zip(pairs, given, strict=True):
+        if not (role and equals and name):
+            raise RequestError(
+                "--column needs a role and a name",
+                where="the command line",
+                expected="ROLE=NAME, as in prompt=question",
+                found=text,
+            )
+    return {role: name for role, _, name in pairs}
+
+
+def _show(result: EvalResult, source: str) -> None:
+    others = [name for name in result.systems if name != result.baseline]
+    columns = ["metric", *result.systems, *(f"{name} - {result.baseline}" for name in others)]
+    columns += ["p"] if others else []
+    table = console.table(
+        f"{source}: {format_count(result.num_rows)} rows", columns, numbers=columns[1:]
+    )
+    for metric in result.systems[result.baseline].scores:
+        share = metric in _SHARES
+        cells = [metric + ("" if METRICS[metric].higher_is_better else " (lower is better)")]
+        for system in result.systems.values():
+            cells.append(format_estimate(system.scores[metric].to_json(), share=share))
+        for name in others:
+            found = result.differences[name][metric].to_json()
+            cells.append(format_estimate(found, share=share))
+            cells.append(_p_text(found["p_value"]))
+        table.add_row(*cells)
+    console.stdout().print(table)
+    console.note("in brackets: 95 % intervals; p: probability of such a difference by chance")
+    for name, system in result.systems.items():
+        rate = system.tokens_per_s
+        speed = f", {format_number(round(rate))} tokens/s" if rate is not None else ""
+        console.note(f"{name}: {format_duration(system.seconds)}{speed}")
+
+
+def _p_text(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

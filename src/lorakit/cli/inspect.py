@@ -1,0 +1,152 @@
+"""`lorakit inspect`: an adapter's spec, updates, spectra and passport, without its base."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The format registers itself as the reader behind Adapter.load.
+import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from lorakit.adapters.adapter import Adapter, Factors
+from lorakit.cli import console
+from lorakit.math.svd import effective_rank, product_singular_values
+from lorakit.report.numbers import format_bytes, format_count, format_number
+
+SUMMARY = "look inside an adapter's files"
+
+_NUM_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What one update s B A does: its size and how many directions it uses."""
+
+    site: str
+    shape: list[int]
+    r: int
+    scaling: float
+    norm: float
+    singular_values: list[float]
+    effective_rank: float
+
+    @classmethod
+    def of(cls, site: str, factors: Factors) -> Spectrum:
+        """Measure one site; convolution kernels count as one long input axis."""
+        A, B = factors.A.flatten(1), factors.B.flatten(1)
+        values = product_singular_values(B, A) * abs(factors.scaling)
+        return cls(
+            site=site,
+            shape=[B.shape[0], A.shape[1]],
+            r=factors.r,
+            scaling=factors.scaling,
+            norm=float(values.norm()),
+            singular_values=values.tolist(),
+            effective_rank=effective_rank(values),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "site": self.site,
+            "shape": self.shape,
+            "r": self.r,
+            "scaling": self.scaling,
+            "norm": self.norm,
+            "singular_values": self.singular_values,
+            "effective_rank": self.effective_rank,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lorakit inspect`."""
+    parser.add_argument("adapter", help="an adapter's directory")
+    parser.add_argument(
+        "--sort", choices=["model", "norm"], default="model", help="order of the sites"
+    )
+    parser.add_argument("--top", type=int, metavar="N", help="only the first N sites")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, measure and print; returns the exit code."""
+    adapter = Adapter.load(args.adapter)
+    spectra = [Spectrum.of(site, factors) for site, factors in adapter.factors.items()]
+    if args.sort == "norm":
+        spectra.sort(key=lambda spectrum: -spectrum.norm)
+    files = [file for file in Path(args.adapter).iterdir() if file.is_file()]
+    num_bytes = sum(file.stat().st_size for file in files)
+    if args.json:
+        console.print_json(
+            {
+                "adapter": args.adapter,
+                "bytes": num_bytes,
+                "num_params": adapter.num_params(),
+                "spec": adapter.spec.to_dict(),
+                "sites": [spectrum.to_json() for spectrum in spectra[: args.top]],
+                "trained_beside": sorted({*adapter.biases, *adapter.overrides}),
+                "passport": dict(adapter.passport),
+            }
+        )
+        return 0
+    _show(args.adapter, adapter, num_bytes)
+    _show_sites(spectra, args.top)
+    return 0
+
+
+def _show(path: str, adapter: Adapter, num_bytes: int) -> None:
+    beside = {*adapter.biases, *adapter.overrides}
+    facts: dict[str, object] = {
+        "size": f"{format_bytes(num_bytes)}, {format_count(adapter.num_params())} parameters",
+        "sites": f"{len(adapter.factors)} in {len(adapter.modules())} modules",
+    }
+    if beside:
+        facts["trained beside"] = ", ".join(sorted(beside))
+    console.print_facts(path, facts)
+    console.print_facts(
+        "spec", {key: value for key, value in adapter.spec.to_dict().items() if _is_set(value)}
+    )
+    passport = _flat(adapter.passport)
+    console.print_facts("passport", passport or {"": "none: another tool wrote this adapter"})
+
+
+def _show_sites(spectra: list[Spectrum], top: int | None) -> None:
+    columns = ["site", "out x in", "r", "scaling", "norm", "largest singular values", "eff. rank"]
+    table = console.table("updates s B A", columns, numbers=columns[1:])
+    for spectrum in spectra[:top]:
+        largest = "  ".join(format_number(v) for v in spectrum.singular_values[:_NUM_SHOWN])
+        table.add_row(
+            spectrum.site,
+            " x ".join(map(str, spectrum.shape)),
+            str(spectrum.r),
+            format_number(float(spectrum.scaling)),
+            format_number(spectrum.norm),
+            largest,
+            f"{spectrum.effective_rank:.2f}",
+        )
+    console.stdout().print(table)
+    if spectra:
+        total = float(torch.tensor([spectrum.norm for spectrum in spectra]).norm())
+        console.note(f"norm of the whole update: {format_number(total)}")
+        silent = [spectrum.site for spectrum in spectra if spectrum.norm == 0]
+        if silent:
+            console.warn(f"{len(silent)} of {len(spectra)} updates are zero: {silent[0]}, ...")
+
+
+def _is_set(value: object) -> bool:
+    return value not in (None, "", (), [], {})
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, object]:
+    """Nested facts in one level; long texts (the fingerprint's samples) are cut."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{name}."))
+        elif _is_set(value):
+            text = str(value)
+            flat[name] = text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+    return flat

@@ -1,0 +1,134 @@
+"""`lorakit plan`: what an adapter would hold, counted on a model without weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from lorakit.adapters.plan import AdapterPlan, plan_adapter
+from lorakit.adapters.spec import LoraSpec
+from lorakit.cli import console
+from lorakit.models.load import load_config, model_class
+from lorakit.report.numbers import format_bytes, format_count, format_number, format_share
+
+SUMMARY = "count the parameters and bytes of an adapter, nothing loaded"
+
+_FLOAT32_BYTES = 4
+# AdamW keeps two moments beside the parameter and its gradient.
+_ADAMW_BYTES = 4 * _FLOAT32_BYTES
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lorakit plan`."""
+    default = LoraSpec()
+    parser.add_argument("model", help="a hub id, a directory, a .gguf file or a named model")
+    parser.add_argument("--r", type=int, default=default.r, help="the rank (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=default.alpha, help="default: %(default)s")
+    parser.add_argument(
+        "--targets",
+        default="qv",
+        metavar="A,B,...",
+        help="qv, attention, mlp, all-linear, or names, suffixes and parts (default: qv)",
+    )
+    parser.add_argument("--scaling", choices=["alpha/r", "alpha/sqrt(r)"], default=default.scaling)
+    parser.add_argument("--bias", choices=["none", "lora_only", "all"], default=default.bias)
+    parser.add_argument("--sites", action="store_true", help="list every site")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan on the meta device and print; returns the exit code."""
+    spec = replace(
+        LoraSpec(r=args.r, alpha=args.alpha, targets=_targets(args.targets)),
+        scaling=args.scaling,
+        bias=args.bias,
+    )
+    model = empty_model(load_config(args.model))
+    plan = plan_adapter(model, spec)
+    record = _record(args.model, model, plan)
+    if args.json:
+        console.print_json(record)
+    else:
+        _show(record, plan, args.sites)
+    return 0
+
+
+def empty_model(config: PretrainedConfig) -> nn.Module:
+    """The model of a configuration on the meta device: names and shapes, no memory."""
+    wanted = model_class(config)
+    with torch.device("meta"):
+        # The Auto classes are built from a configuration, the others by calling them.
+        build = getattr(wanted, "from_config", None) or wanted._from_config
+        return build(config)
+
+
+def _targets(text: str) -> str | tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return names[0] if len(names) == 1 else names
+
+
+def _record(ref: str, model: nn.Module, plan: AdapterPlan) -> dict[str, Any]:
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    num_trained = plan.num_params()
+    return {
+        "model": ref,
+        "class": type(model).__name__,
+        "spec": plan.spec.to_dict(),
+        "base_params": num_base,
+        "trainable_params": num_trained,
+        "trainable_share": num_trained / num_base,
+        "adapter_bytes": num_trained * _FLOAT32_BYTES,
+        "base_float32_bytes": num_base * _FLOAT32_BYTES,
+        "training_bytes": num_base * _FLOAT32_BYTES + num_trained * _ADAMW_BYTES,
+        "sites": [
+            {
+                "site": site.name,
+                "shape": list(site.shape),
+                "r": site.r,
+                "scaling": site.scaling,
+                "num_params": site.num_params(),
+            }
+            for site in plan.sites
+        ],
+        "trained_beside": [site.module for site in plan.overrides],
+        "notes": list(plan.notes),
+    }
+
+
+def _show(record: dict[str, Any], plan: AdapterPlan, every_site: bool) -> None:
+    share = format_share(record["trainable_share"])
+    console.print_facts(
+        f"{record['model']} ({record['class']})",
+        {
+            "base": f"{format_count(record['base_params'])} parameters, "
+            f"{format_bytes(record['base_float32_bytes'])} in float32",
+            "adapter": f"{format_count(record['trainable_params'])} parameters ({share}), "
+            f"{format_bytes(record['adapter_bytes'])}",
+            "training": f"{format_bytes(record['training_bytes'])} for float32 weights, "
+            "gradients and AdamW, without activations",
+        },
+    )
+    columns = ["sites", "of", "out x in", "r", "scaling", "parameters"]
+    table = console.table(f"{len(plan.sites)} sites", columns, numbers=columns[1:])
+    groups = Counter(
+        (site.name if every_site else _last_names(site.name), site.shape, site.r, site.scaling)
+        for site in plan.sites
+    )
+    params = {site.shape: site.num_params() for site in plan.sites}
+    for (name, shape, r, scaling), count in groups.items():
+        size = " x ".join(map(str, shape))
+        num_params = format_count(count * params[shape]) if not plan.spec.rank_pattern else ""
+        table.add_row(name, str(count), size, str(r), format_number(float(scaling)), num_params)
+    console.stdout().print(table)
+
+
+def _last_names(name: str) -> str:
+    """What repeats in every layer: `self_attn.q_proj` of `layers.3.self_attn.q_proj`."""
+    parts = name.split(".")
+    last_number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last_number + 1 :])

@@ -1,0 +1,114 @@
+"""`lorakit train`: an adapter from a YAML config and overrides."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lorakit.cli import console
+from lorakit.errors import RequestError
+from lorakit.report.numbers import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_share,
+)
+from lorakit.train.config import TrainConfig
+from lorakit.train.overrides import apply_overrides
+from lorakit.train.run import TrainResult, train
+from lorakit.train.schema import plain
+
+SUMMARY = "train an adapter from a YAML config"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `lorakit train`."""
+    parser.add_argument(
+        "config",
+        nargs="*",
+        metavar="CONFIG.yaml key=value",
+        help="a training config, and values to put in its place (train.lr=1e-4, or lr=1e-4)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole checkpoint in the output directory",
+    )
+    parser.add_argument(
+        "--fields", action="store_true", help="list every key of the config, and leave"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and print what the run left; returns the exit code."""
+    if args.fields:
+        _show_fields(args.json)
+        return 0
+    result = train(read_config(args.config), resume=args.resume, say=console.note)
+    if args.json:
+        console.print_json({"directory": str(result.directory), **result.record})
+    else:
+        _show(result)
+    return 0
+
+
+def read_config(words: list[str]) -> TrainConfig:
+    """The config from "CONFIG.yaml key=value ..."; without a file the overrides must be enough.
+
+    Raises:
+        RequestError: more than one file, or nothing at all.
+        ConfigError: the config is wrong.
+    """
+    files = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
+    if not words or len(files) > 1:
+        raise RequestError(
+            "one config is needed",
+            where="the command line",
+            expected="CONFIG.yaml, then key=value for what should differ",
+            found=", ".join(files) or "nothing",
+            remedy="list all keys with: lorakit train --fields",
+        )
+    if not files:
+        return TrainConfig.from_dict(apply_overrides(TrainConfig, {}, overrides))
+    return TrainConfig.from_yaml(files[0], overrides)
+
+
+def _show(result: TrainResult) -> None:
+    record: dict[str, Any] = result.record
+    adapter, final = record["adapter"], record["metrics"]["final"]
+    facts: dict[str, object] = {
+        "adapter": f"{result.adapter} ({format_bytes(adapter['bytes'])})",
+        "trained": f"{format_count(adapter['trainable_params'])} parameters "
+        f"({format_share(adapter['trainable_share'])})",
+        "training loss": format_number(final["train_loss"]),
+    }
+    if final["eval_loss"] is not None:
+        facts["validation loss"] = format_number(final["eval_loss"])
+    facts["time"] = format_duration(record["timing"]["total_s"])
+    console.print_facts(f"trained to step {final['step']}", facts)
+    console.note(f"next: lorakit report {result.directory}")
+
+
+def _show_fields(as_json: bool) -> None:
+    fields = TrainConfig.fields()
+    if as_json:
+        console.print_json(
+            [
+                {
+                    "name": field.name,
+                    "type": field.type,
+                    "required": field.required,
+                    "default": None if field.required else plain(field.default),
+                    "help": field.help,
+                }
+                for field in fields
+            ]
+        )
+        return
+    table = console.table("keys of a training config", ["key", "type", "default", "meaning"])
+    for field in fields:
+        default = "required" if field.required else str(plain(field.default))
+        table.add_row(field.name, field.type, default, field.help)
+    console.stdout().print(table)

@@ -1,0 +1,195 @@
+"""Which tensors of a checkpoint change, decided from headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.bind import plan_binding
+from lorakit.adapters.targets import base_modules
+from lorakit.errors import ModelError
+from lorakit.models.checkpoint import weight_files
+from lorakit.models.empty import empty_model
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorChange:
+    """One tensor to write.
+
+    Attributes:
+        parameter: the parameter's name in the model.
+        source: the tensor in the checkpoint whose values it starts from.
+        target: the name it is written under; another than `source` when a tie is undone.
+        module: the adapted module whose delta is added, or None.
+        override: the name of the replacing tensor in the adapter, or None.
+    """
+
+    parameter: str
+    source: str
+    target: str
+    module: str | None = None
+    override: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Everything that will be written.
+
+    Attributes:
+        directory: the base checkpoint.
+        files: its weight files, in order.
+        location: tensor name -> file name.
+        changes: source tensor -> what becomes of it.
+        untied: whether the configuration must say that nothing is tied.
+        adapter: the adapter, its kinds as the model has them.
+    """
+
+    directory: Path
+    files: tuple[Path, ...]
+    location: Mapping[str, str]
+    changes: Mapping[str, tuple[TensorChange, ...]]
+    untied: bool
+    adapter: Adapter
+
+
+def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
+    """Resolve every change against the checkpoint's headers; reads no weights.
+
+    Args:
+        directory: a model directory with safetensors.
+        adapter: what to merge.
+
+    Returns:
+        The plan, or None when the checkpoint's tensor names are not the model's own (transformers
+        renames some on load): then only the loaded model can be merged.
+
+    Raises:
+        AdapterFileError: the adapter does not bind to this architecture.
+        ModelError: the checkpoint is missing, unreadable, or quantized.
+    """
+    model = empty_model(directory)
+    bound = plan_binding(model, adapter)
+    location, dtypes = _headers(directory)
+    prefix = str(model.base_model_prefix)
+    modules = base_modules(model)
+    wanted = _wanted(adapter)
+    groups = _ties(modules)
+    changes: dict[str, list[TensorChange]] = {}
+    untied = False
+    for parameter in _with_siblings(wanted, groups):
+        group = groups.get(parameter, (parameter,))
+        stored = _stored_name(parameter, location, prefix)
+        source = stored or next(
+            (s for p in group if (s := _stored_name(p, location, prefix)) is not None), None
+        )
+        if source is None:
+            return None
+        if dtypes[source] not in _FLOATS:
+            raise ModelError(
+                "the base checkpoint is quantized: there is no dense weight to add to",
+                where=f"{location[source]}: {source}",
+                expected=", ".join(sorted(_FLOATS)),
+                found=dtypes[source],
+                remedy="merge into the dense checkpoint of the same model",
+            )
+        untied = untied or len(group) > 1
+        module, override = wanted.get(parameter, (None, None))
+        target = stored or parameter
+        change = TensorChange(parameter, source, target, module, override)
+        changes.setdefault(source, []).append(change)
+    return MergePlan(
+        directory=directory,
+        files=tuple(weight_files(directory)),
+        location=location,
+        changes={source: tuple(group) for source, group in changes.items()},
+        untied=untied,
+        adapter=bound,
+    )
+
+
+def _wanted(adapter: Adapter) -> dict[str, tuple[str | None, str | None]]:
+    """Parameter -> (adapted module, replacing tensor)."""
+    wanted: dict[str, tuple[str | None, str | None]] = {
+        f"{module}.weight": (module, None) for module in adapter.modules()
+    }
+    wanted.update({f"{module}.bias": (None, f"{module}.bias") for module in adapter.biases})
+    wanted.update({name: (None, name) for name in adapter.overrides})
+    return wanted
+
+
+def _ties(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """Parameter -> all names it has, for those that have several."""
+    names: dict[int, list[str]] = {}
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{module_name}.{name}")
+    return {name: tuple(group) for group in names.values() if len(group) > 1 for name in group}
+
+
+def _with_siblings(
+    wanted: Mapping[str, object], groups: Mapping[str, Sequence[str]]
+) -> dict[str, None]:
+    """The changed parameters, and those that were tied to one and must now be written too."""
+    result: dict[str, None] = {}
+    for parameter in wanted:
+        result.update(dict.fromkeys(groups.get(parameter, (parameter,))))
+    return result
+
+
+def _stored_name(parameter: str, location: Mapping[str, str], prefix: str) -> str | None:
+    for name in (parameter, parameter.removeprefix(f"{prefix}."), f"{prefix}.{parameter}"):
+        if name in location:
+            return name
+    return None
+
+
+def _headers(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
+    location: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
+    for file in weight_files(directory):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                location[name] = file.name
+                dtypes[name] = tensors.get_slice(name).get_dtype()
+    return location, dtypes
+
+
+def updated_config(directory: Path, *, untied: bool) -> dict[str, object]:
+    """The base's config.json as the merged model needs it."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if untied:
+        config["tie_word_embeddings"] = False
+        for section in config.values():
+            if isinstance(section, dict) and "tie_word_embeddings" in section:
+                section["tie_word_embeddings"] = False
+    return config
+
+
+def changed_value(change: TensorChange, base: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """(the wanted change, the wanted value), both float32 or wider.
+
+    Args:
+        change: what becomes of the tensor.
+        base: the stored tensor.
+        adapter: where the change comes from.
+    """
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    if change.module is not None:
+        delta = adapter.delta(change.module).to(wide.dtype)
+        return delta, wide + delta
+    if change.override is not None:
+        module = change.override.removesuffix(".bias")
+        value = adapter.overrides.get(change.override, adapter.biases.get(module))
+        if value is None:
+            raise KeyError(change.override)
+        return value.to(wide.dtype) - wide, value.to(wide.dtype)
+    return torch.zeros_like(wide), wide

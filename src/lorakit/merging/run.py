@@ -1,0 +1,233 @@
+"""Merge, prove, and only then give the result its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.attach import detach, use
+from lorakit.adapters.bind import bind_adapter
+from lorakit.adapters.fold import merge
+from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelError
+from lorakit.files import atomic_directory, require_free, write_json
+from lorakit.merging.plan import MergePlan, plan_merge
+from lorakit.merging.probes import Answers, ask, make_probes, max_abs_difference
+from lorakit.merging.shards import StoredChange, copy_companions, write_shards
+from lorakit.models.load import load_base_model, load_tokenizer
+from lorakit.models.resolve import resolve_model
+
+CERTIFICATE_NAME = "merge.json"
+# The largest logit error that the stored dtype explains, as a share of the largest logit.
+TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+_MIN_EFFECT_LEFT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeRequest:
+    """What to merge into what.
+
+    Attributes:
+        adapter: the adapter's directory.
+        output: the directory to write; must be free.
+        base: the base model; None for the one the adapter names.
+        any_base: merge even if the passport names another base.
+        dtype: the dtype the proof is computed in; None for the default of `load_model`.
+    """
+
+    adapter: Path
+    output: Path
+    base: str | None = None
+    any_base: bool = False
+    dtype: str | None = None
+
+
+def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
+    """Write the merged model as a clean Hugging Face directory, with its certificate.
+
+    Everything is planned and validated first. The live, the merged and the re-read model are asked
+    the same probes, one model in memory at a time. The output takes its name only if they agree.
+
+    Returns:
+        The certificate, as written to merge.json.
+
+    Raises:
+        AdapterFileError, BaseMismatchError, ModelError, OutputError: the request was wrong.
+        MergeError: the proof failed; nothing is left behind.
+    """
+    started = time.monotonic()
+    adapter = Adapter.load(request.adapter)
+    require_free(request.output)
+    ref = request.base or _named_base(adapter, request.adapter)
+    resolved = resolve_model(ref)
+    plan = plan_merge(resolved.path, adapter)
+    tokenizer = _tokenizer(resolved.path)
+    proof, probes = _before(resolved.path, adapter, tokenizer, request)
+    with atomic_directory(request.output) as staging:
+        if plan is not None:
+            changes = write_shards(plan, staging)
+        else:
+            changes = _write_whole(resolved.path, adapter, staging)
+        merged = load_base_model(staging, dtype=request.dtype)
+        reread = ask(merged, probes)
+        del merged
+        gc.collect()
+        certificate = _certificate(proof, reread, changes, plan)
+        certificate |= {
+            "adapter": str(request.adapter),
+            "base": ref,
+            "output": str(request.output),
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        _require(certificate)
+        write_json(staging / CERTIFICATE_NAME, certificate)
+    return certificate
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    base: Answers
+    live: Answers
+    merged: Answers
+
+
+def _before(
+    directory: Path,
+    adapter: Adapter,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: MergeRequest,
+) -> tuple[_Before, list[dict[str, Tensor]]]:
+    """The base's, the live adapter's and the in-memory merge's answers, from one loaded model."""
+    model = load_base_model(directory, dtype=request.dtype)
+    bind_adapter(model, adapter, "adapter", any_base=request.any_base)
+    probes = make_probes(model, tokenizer)
+    with use(model, None):
+        base = ask(model, probes)
+    live = ask(model, probes)
+    if max_abs_difference(base.outputs, live.outputs) == 0.0:
+        raise MergeError(
+            "the adapter changes nothing: the merged model would equal the base",
+            where=str(request.adapter),
+            remedy="was it trained? `lorakit inspect` shows its norms",
+        )
+    merge(model, "adapter", keep=False)
+    proof = _Before(base, live, ask(model, probes))
+    del model
+    gc.collect()
+    return proof, probes
+
+
+def _write_whole(directory: Path, adapter: Adapter, staging: Path) -> list[StoredChange]:
+    """For checkpoints whose tensor names transformers rewrites on load: merge the loaded model."""
+    model: PreTrainedModel = load_base_model(directory, dtype="auto")
+    bind_adapter(model, adapter, "adapter", any_base=True)
+    merge(model, "adapter", keep=False)
+    detach(model)
+    copy_companions(directory, staging)
+    model.save_pretrained(staging)
+    return []
+
+
+def _certificate(
+    proof: _Before, reread: Answers, changes: list[StoredChange], plan: MergePlan | None
+) -> dict[str, Any]:
+    dtype = max((c.dtype for c in changes), key=lambda d: TOLERANCE.get(d, 0.0), default="bfloat16")
+    live = proof.live
+    scale = max(float(t.abs().max()) for t in live.outputs)
+    same = sum(a == b for a, b in zip(live.continuations, reread.continuations, strict=True))
+    return {
+        "max_abs_logit_error": max_abs_difference(live.outputs, reread.outputs),
+        "max_abs_logit_error_in_memory": max_abs_difference(live.outputs, proof.merged.outputs),
+        "tolerance": TOLERANCE[dtype] * max(scale, 1.0),
+        "max_abs_logit": scale,
+        "max_abs_logit_change": max_abs_difference(live.outputs, proof.base.outputs),
+        "max_abs_logit_change_left": max_abs_difference(reread.outputs, proof.base.outputs),
+        "stored_dtype": dtype,
+        "num_probes": len(live.outputs),
+        "continuations_equal": same,
+        "num_continuations": len(live.continuations),
+        "layers": _layer_errors(live, reread),
+        "tensors": [dataclasses.asdict(change) for change in changes],
+        "untied": bool(plan and plan.untied),
+        "by_shard": plan is not None,
+    }
+
+
+def _layer_errors(live: Answers, reread: Answers) -> list[dict[str, Any]]:
+    count = len(live.layers[0]) if live.layers else 0
+    return [
+        {
+            "layer": i,
+            "max_abs_error": max(
+                float((a[i] - b[i]).abs().max())
+                for a, b in zip(live.layers, reread.layers, strict=True)
+            ),
+            "max_abs": max(float(a[i].abs().max()) for a in live.layers),
+        }
+        for i in range(count)
+    ]
+
+
+def _require(certificate: dict[str, Any]) -> None:
+    error, tolerance = certificate["max_abs_logit_error"], certificate["tolerance"]
+    worst = max(certificate["layers"], key=lambda x: x["max_abs_error"], default=None)
+    if not error <= tolerance:
+        raise MergeError(
+            "the merged model does not answer as the live adapter does",
+            expected=f"logits within {tolerance:.3g} ({certificate['stored_dtype']})",
+            found=f"{error:.3g}" + (f", worst after layer {worst['layer']}" if worst else ""),
+            remedy="nothing was written; keep the adapter unmerged, or merge into a wider dtype",
+        )
+    change, left = certificate["max_abs_logit_change"], certificate["max_abs_logit_change_left"]
+    if left < _MIN_EFFECT_LEFT * change:
+        raise MergeError(
+            "the merged model equals the base: the adapter was lost in the merge",
+            expected=f"logits that differ from the base's by {change:.3g}",
+            found=f"{left:.3g}",
+            remedy=f"the stored {certificate['stored_dtype']} is too coarse for so small a change: "
+            "keep the adapter unmerged, or merge into a wider dtype",
+        )
+
+
+def _named_base(adapter: Adapter, path: Path) -> str:
+    name = adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterFileError(
+            "the adapter does not name its base",
+            where=str(path),
+            remedy="name it: --base REF",
+        )
+    return str(name)
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(directory)
+    except ModelError:
+        return None
+
+
+def read_certificate(directory: Path) -> dict[str, Any] | None:
+    """The certificate in a merged model's directory, or None when there is none.
+
+    Raises:
+        LorakitError: the file is there and is not JSON.
+    """
+    path = directory / CERTIFICATE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LorakitError(
+            "the merge certificate is not JSON", where=str(path), found=str(error)
+        ) from error

@@ -1,0 +1,124 @@
+"""Gather the records a run left in its directory into one report.
+
+Read, where they exist: run.json (training), metrics.jsonl (losses), result.json (a demo),
+eval.json (an evaluation), merge.json (a merge; here or one directory below). Every dict that maps
+systems to metrics to estimates becomes the comparison; everything that is not shown elsewhere is
+listed under the details.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import RequestError
+from lorakit.report.schema import Curve, Report
+from lorakit.report.sections import certificate, comparison, details, samples, tiles
+
+_RECORDS = ("run.json", "result.json", "eval.json")
+
+
+def collect(directory: str | Path) -> Report:
+    """The report of a run directory.
+
+    Raises:
+        RequestError: the directory does not exist, holds no record, or a record is damaged.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise RequestError(
+            "there is no such run directory",
+            where=str(directory),
+            expected="the output directory of lorakit train, demo, eval or merge",
+        )
+    records = {name: _read(directory / name) for name in _RECORDS if (directory / name).is_file()}
+    curve = read_curve(directory / "metrics.jsonl")
+    merges = [file for file in _merge_files(directory) if file.is_file()]
+    if not records and not curve["train"] and not merges:
+        raise RequestError(
+            "the directory holds no record of a run",
+            where=str(directory),
+            expected=f"{', '.join(_RECORDS)}, metrics.jsonl or merge.json",
+            remedy="give the output directory of a run",
+        )
+    report = _from_records(directory, records)
+    if curve["train"]:
+        report["curve"] = curve
+    if merges:
+        report["certificate"] = certificate(_read(merges[0]))
+    return report
+
+
+def read_curve(file: Path) -> Curve:
+    """The losses of metrics.jsonl; empty when there is none.
+
+    Raises:
+        RequestError: a line before the last is damaged.
+    """
+    curve: Curve = {"train": [], "validation": []}
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    validation: list[list[float]] = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(lines):
+                # A run that was killed, or is still going on, leaves a half line.
+                break
+            raise _damaged(f"{file} line {number}", error) from error
+        if "eval_loss" in line:
+            validation.append([line["step"], line["eval_loss"]])
+        elif "loss" in line:
+            curve["train"].append([line["step"], line["loss"]])
+    curve["validation"] = validation
+    return curve
+
+
+def _merge_files(directory: Path) -> Iterator[Path]:
+    yield directory / "merge.json"
+    yield from sorted(directory.glob("*/merge.json"))
+
+
+def _from_records(directory: Path, records: Mapping[str, dict[str, Any]]) -> Report:
+    merged: dict[str, Any] = {}
+    for record in records.values():
+        merged.update(record)
+    report: Report = {
+        "title": str(merged.get("title", directory.resolve().name)),
+        "subtitle": str(merged.get("subtitle", "")),
+        "tiles": tiles(merged),
+        "samples": samples(merged),
+        "details": details(merged),
+        "command": str(merged.get("command", "")),
+    }
+    found = comparison(merged)
+    if found is not None:
+        report["comparison"] = found
+    return report
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(str(file), error) from error
+    if not isinstance(record, dict):
+        raise RequestError(
+            "a record is not an object",
+            where=str(file),
+            expected="a JSON object",
+            found=f"a {type(record).__name__}",
+        )
+    return record
+
+
+def _damaged(where: str, error: Exception) -> RequestError:
+    return RequestError(
+        "a record is damaged",
+        where=where,
+        expected="JSON",
+        found=str(error),
+        remedy="remove the file, or run again",
+    )

@@ -1,0 +1,220 @@
+"""The sections of a report, each from the plain values of run records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from lorakit.report.numbers import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_share,
+)
+from lorakit.report.schema import Certificate, Comparison, ComparisonRow, Sample, Tile
+
+# Metrics that are not fractions of something, whatever their value.
+_NOT_SHARES = ("perplexity", "loss", "tokens", "seconds", "nats")
+# Shown elsewhere in the report, or for programs only.
+_NOT_DETAILS = (
+    "title",
+    "subtitle",
+    "tiles",
+    "samples",
+    "command",
+    "kind",
+    "systems",
+    "differences",
+    "outputs",
+    "metrics",
+)
+_MAX_SAMPLES = 8
+
+
+def comparison(record: Mapping[str, Any]) -> Comparison | None:
+    """The systems of a record side by side: its dicts of metrics, each an estimate.
+
+    Returns:
+        None when the record holds no estimates.
+    """
+    systems = dict(_systems(record))
+    if not systems:
+        return None
+    metrics = list(dict.fromkeys(name for metrics in systems.values() for name in metrics))
+    rows: list[ComparisonRow] = []
+    for metric in metrics:
+        cells = [metrics.get(metric) for metrics in systems.values()]
+        numbers = {cell["n"] for cell in cells if cell is not None and "n" in cell}
+        row: ComparisonRow = {
+            "label": _words(metric),
+            "cells": cells,
+            "share": _is_share(metric, cells),
+        }
+        if len(numbers) == 1:
+            row["note"] = f"n = {format_count(numbers.pop())}"
+        rows.append(row)
+    return {"columns": [_words(name) for name in systems], "rows": rows}
+
+
+def certificate(record: Mapping[str, Any]) -> Certificate:
+    """The certificate section of a merge record: its plain values, and its errors per layer."""
+    passed = bool(record.get("passed", True))
+    layers = record.get("layers")
+    pairs = [(str(k), float(v)) for k, v in layers.items()] if isinstance(layers, Mapping) else []
+    facts = {
+        _words(key): value
+        for key, value in record.items()
+        if key not in ("passed", "layers", "statement") and not isinstance(value, Mapping | list)
+    }
+    statement = "The live, the merged and the re-read model agree." if passed else "It failed."
+    return {
+        "passed": passed,
+        "statement": str(record.get("statement", statement)),
+        "facts": facts,
+        "layers": pairs,
+    }
+
+
+def is_estimate(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a value is an estimate as it stands in records."""
+    return isinstance(value, dict) and "value" in value and "interval" in value
+
+
+def _systems(record: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    # An evaluation keeps its systems together, each with "scores"; a demo has them at the top.
+    for name, value in record.get("systems", record).items():
+        if not isinstance(value, Mapping) or is_estimate(value):
+            continue
+        scores = value.get("scores", value)
+        metrics = {metric: inner for metric, inner in scores.items() if is_estimate(inner)}
+        if metrics:
+            yield name, metrics
+
+
+def _is_share(metric: str, cells: list[dict[str, Any] | None]) -> bool:
+    if any(word in metric.lower() for word in _NOT_SHARES):
+        return False
+    return all(cell is None or 0 <= cell["value"] <= 1 for cell in cells)
+
+
+def tiles(record: Mapping[str, Any]) -> list[Tile]:
+    """The numbers at the top of a report: what the record has of sizes, losses and times."""
+    if "tiles" in record:
+        return record["tiles"]
+    found: list[Tile] = []
+    trained = _number(record, "trainable_params", "adapter.trainable_params")
+    total = _number(record, "total_params", "base.num_params")
+    if trained is not None:
+        tile: Tile = {"label": "trained parameters", "value": format_count(trained)}
+        if total:
+            tile["note"] = f"{format_share(trained / total)} of {format_count(total)}"
+        found.append(tile)
+    adapter_bytes = _number(record, "adapter_bytes", "adapter.bytes")
+    if adapter_bytes is not None:
+        tile = {"label": "adapter", "value": format_bytes(adapter_bytes)}
+        base_bytes = _number(record, "model_bytes", "base.bytes")
+        if base_bytes is not None:
+            tile["note"] = f"base {format_bytes(base_bytes)}"
+        found.append(tile)
+    loss = _number(record, "metrics.final.eval_loss")
+    if loss is not None:
+        found.append({"label": "validation loss", "value": format_number(float(loss))})
+    seconds = _number(record, "seconds", "timing.total_s")
+    if seconds is not None:
+        tile = {"label": "time", "value": format_duration(seconds)}
+        peak_bytes = _number(record, "peak_memory_bytes", "memory.peak_bytes")
+        if peak_bytes is not None:
+            tile["note"] = f"peak memory {format_bytes(peak_bytes)}"
+        found.append(tile)
+    return found
+
+
+def samples(record: Mapping[str, Any]) -> list[Sample]:
+    """The samples a record brings itself, else the first answers of an evaluation."""
+    if "samples" in record:
+        return record["samples"]
+    outputs = record.get("outputs")
+    if not isinstance(outputs, list):
+        return []
+    return [
+        {
+            "question": output["prompt"],
+            "reference": "\n".join(output["references"]),
+            "answers": {
+                name: {"text": answer["text"], "ok": _verdict(answer["scores"])}
+                for name, answer in output["answers"].items()
+            },
+        }
+        for output in outputs[:_MAX_SAMPLES]
+    ]
+
+
+def details(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scalars under "Run", each dict of values under its own name; estimates are left out."""
+    groups: dict[str, dict[str, Any]] = {"Run": {}}
+    for key, value in record.items():
+        if key in _NOT_DETAILS or _holds_estimates(value):
+            continue
+        if key == "config" and isinstance(value, Mapping):
+            for section, inner in details(value).items():
+                name = "Config" if section == "Run" else f"Config: {section.lower()}"
+                groups.setdefault(name, {}).update(inner)
+        elif isinstance(value, Mapping):
+            groups[_words(key).capitalize()] = _facts(value)
+        elif _says_something(value):
+            groups["Run"][_words(key)] = _with_unit(key, value)
+    return {name: facts for name, facts in groups.items() if facts}
+
+
+def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            inner = {_words(k): _with_unit(k, v) for k, v in value.items() if _says_something(v)}
+            value = inner
+        if _says_something(value):
+            facts[_words(key)] = _with_unit(key, value)
+    return facts
+
+
+def _says_something(value: object) -> bool:
+    return value not in (None, "", [], {}, ())
+
+
+def _verdict(scores: Mapping[str, float]) -> bool | None:
+    """Right or wrong where a metric decides that; None where scores are a matter of degree."""
+    for name in ("sql_execution", "exact_match"):
+        if name in scores:
+            return scores[name] == 1
+    return None
+
+
+def _number(record: Mapping[str, Any], *names: str) -> float | None:
+    """The first number found under one of the dotted names."""
+    for name in names:
+        value: Any = record
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _holds_estimates(value: object) -> bool:
+    if is_estimate(value):
+        return True
+    return isinstance(value, Mapping) and any(_holds_estimates(inner) for inner in value.values())
+
+
+def _with_unit(key: str, value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.endswith("_bytes") or key == "bytes":
+            return format_bytes(value)
+        if key == "seconds" or (key.endswith("_s") and not key.endswith("_per_s")):
+            return format_duration(value)
+    return value
+
+
+def _words(key: str) -> str:
+    return str(key).replace("_", " ")

@@ -1,0 +1,153 @@
+"""What a run leaves in writing: the passport of its adapter, and run.json."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lorakit.environment import hardware, peak_memory_bytes, versions
+from lorakit.errors import LorakitWarning
+from lorakit.methods.base import TrainableReport
+from lorakit.train.checkpoints import RunState
+from lorakit.train.config import TrainConfig
+from lorakit.train.metrics import Line
+from lorakit.train.prepare import Preparation
+
+
+class Clock:
+    """Seconds by phase, and in all."""
+
+    def __init__(self) -> None:
+        self._started = self._marked = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    def mark(self, phase: str) -> None:
+        """End a phase that began at the mark before."""
+        now = time.perf_counter()
+        self._phases[phase] = now - self._marked
+        self._marked = now
+
+    def seconds(self) -> dict[str, float]:
+        """The phases so far, and "total_s"."""
+        return {**self._phases, "total_s": time.perf_counter() - self._started}
+
+
+class WarningLog:
+    """Notes the LorakitWarnings shown inside its block; they are shown all the same.
+
+    Attributes:
+        messages: their texts, each once.
+    """
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self._show: Callable[..., None] = warnings.showwarning
+
+    def __enter__(self) -> WarningLog:
+        self._show = warnings.showwarning
+        warnings.showwarning = self._note
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        warnings.showwarning = self._show
+
+    def _note(self, message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, LorakitWarning) and str(message) not in self.messages:
+            self.messages.append(str(message))
+        self._show(message, category, *place)
+
+
+def passport(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
+    """What every adapter of this run says about where it comes from."""
+    report = prepared.data.train.report
+    return {
+        "model": config.model.ref,
+        "data": prepared.data.to_json(),
+        "tokenizer_sha256": report.tokenizer_sha256,
+        "template_sha256": report.template_sha256,
+        "seed": config.seed,
+        "versions": versions(),
+        "config": config.to_dict(),
+    }
+
+
+def run_record(
+    config: TrainConfig,
+    prepared: Preparation,
+    report: TrainableReport,
+    *,
+    state: RunState,
+    lines: list[Line],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of run.json: plain values only."""
+    adapter = Path(config.output) / "adapter"
+    train_lines = [line for line in lines if "loss" in line]
+    eval_lines = [line for line in lines if "eval_loss" in line]
+    busy_s = max(state.busy_s, 1e-9)
+    return {
+        "kind": "train",
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.to_dict(),
+        "base": {
+            "ref": config.model.ref,
+            "num_params": prepared.num_base_params,
+            "bytes": prepared.memory.weights_bytes,
+            "sha256": facts["base_sha256"],
+        },
+        "adapter": {
+            "method": config.method,
+            "path": str(adapter),
+            "trainable_params": report.num_trainable,
+            "trainable_share": report.share,
+            "num_sites": len(report.sites),
+            "bytes": sum(f.stat().st_size for f in adapter.iterdir() if f.is_file()),
+            "notes": list(report.notes),
+        },
+        "data": prepared.data.to_json(),
+        "steps": {
+            "done": train_lines[-1]["step"] if train_lines else 0,
+            "max": prepared.max_steps,
+            "per_epoch": prepared.steps_per_epoch,
+            "stopped_early": state.stopped_early,
+            "sessions": state.num_sessions,
+        },
+        "metrics": {
+            "final": facts["final"],
+            "first_loss": train_lines[0]["loss"] if train_lines else None,
+            "last_loss": train_lines[-1]["loss"] if train_lines else None,
+            "best_step": state.best_step,
+            "best_eval_loss": state.best_loss,
+            "last_eval_loss": eval_lines[-1]["eval_loss"] if eval_lines else None,
+        },
+        "speed": {
+            "busy_s": state.busy_s,
+            "tokens_per_s": state.num_tokens / busy_s,
+            "examples_per_s": state.num_examples / busy_s,
+            "num_tokens": state.num_tokens,
+            "num_examples": state.num_examples,
+        },
+        "timing": facts["timing"],
+        "memory": {
+            "estimate": {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes},
+            "free_before_bytes": prepared.free_bytes,
+            "peak_bytes": peak_memory_bytes(),
+        },
+        "precision": "bf16" if prepared.bf16 else "fp32",
+        "device": prepared.device.type,
+        "seed": config.seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "warnings": facts["warnings"],
+    }

@@ -1,0 +1,154 @@
+"""Which checkpoint a run goes on from, and whether it is still the same run."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.environment import versions
+from lorakit.errors import BaseMismatchError, ConfigError, DataError, LorakitWarning, OutputError
+from lorakit.files import require_free
+from lorakit.train.checkpoints import Checkpoint, CheckpointStore
+from lorakit.train.config import TrainConfig, changed_keys
+from lorakit.train.prepare import Preparation
+
+# What a resumed run may change: how long, how often, how much is kept, where. Everything else
+# would make it another run.
+MAY_CHANGE = frozenset(
+    {
+        "output",
+        "train.epochs",
+        "train.max_steps",
+        "train.eval_every",
+        "train.eval_batch_size",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.early_stopping_patience",
+        "train.tensorboard",
+    }
+)
+
+CHECKPOINTS = "checkpoints"
+
+
+def identity(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
+    """What decides every bit of the run, as a checkpoint keeps it."""
+    return {
+        "config": config.to_dict(),
+        "data": prepared.data.hashes(),
+        "max_steps": prepared.max_steps,
+        "machine": {
+            "torch": versions()["torch"],
+            "transformers": versions()["transformers"],
+            "num_threads": torch.get_num_threads(),
+            "device": prepared.device.type,
+            "bf16": prepared.bf16,
+        },
+    }
+
+
+def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a fresh run into a free directory.
+
+    Raises:
+        OutputError: a fresh run into a directory that is not empty, or nothing to resume from.
+        ConfigError: the config is not the one of the run that is resumed.
+    """
+    if not resume:
+        require_free(config.output)
+        return None
+    store = CheckpointStore(Path(config.output) / CHECKPOINTS, keep=config.train.keep_checkpoints)
+    checkpoint = store.last()
+    if checkpoint is None:
+        raise OutputError(
+            "there is no checkpoint to resume from",
+            where=str(store.directory),
+            expected="a directory written by an earlier run",
+            found="an empty place" if not store.steps() else "damaged checkpoints only",
+            remedy="start the run afresh, without resume, into an empty directory",
+        )
+    changed = changed_keys(checkpoint.identity["config"], config.to_dict())
+    refused = [key for key in changed if key not in MAY_CHANGE]
+    if refused:
+        raise ConfigError(
+            "the config is not the one this run was started with",
+            where=", ".join(refused),
+            expected=f"the values in {Path(config.output) / 'config.yaml'}; only "
+            f"{', '.join(sorted(MAY_CHANGE))} may change",
+            remedy="resume with that file, or start a new run with another output",
+        )
+    return _with_best(checkpoint, store)
+
+
+def _with_best(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:
+    best = checkpoint.state.best_step
+    if best is None or isinstance(store.read(best), Checkpoint):
+        return checkpoint
+    warnings.warn(
+        f"the best checkpoint so far, step {best}, is gone or damaged; the best one is now looked "
+        f"for from step {checkpoint.step} on",
+        LorakitWarning,
+        stacklevel=3,
+    )
+    state = replace(checkpoint.state, best_step=None, best_loss=None, num_evals_since_best=0)
+    return replace(checkpoint, state=state)
+
+
+def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Compare what only the prepared run knows with the checkpoint.
+
+    Raises:
+        DataError: the rows are not the same.
+
+    Warns:
+        LorakitWarning: the length of the run changed under a schedule, or the machine did.
+    """
+    then = checkpoint.identity
+    for split, sha256 in now["data"].items():
+        if then["data"][split] != sha256:
+            raise DataError(
+                f"the {split} rows are not the ones this run was started with",
+                where=f"data.{split}",
+                expected=f"content with SHA-256 {then['data'][split]}",
+                found=str(sha256),
+                remedy="put the old rows back, or start a new run",
+            )
+    schedule = now["config"]["train"]["schedule"]
+    if then["max_steps"] != now["max_steps"] and schedule != "constant":
+        warnings.warn(
+            f"the run now has {now['max_steps']} steps in place of {then['max_steps']}: from here "
+            f"on the {schedule} schedule is laid over the new length",
+            LorakitWarning,
+            stacklevel=3,
+        )
+    changed = changed_keys(then["machine"], now["machine"])
+    if changed:
+        shown = ", ".join(
+            f"{key} {then['machine'].get(key)} -> {now['machine'].get(key)}" for key in changed
+        )
+        warnings.warn(
+            f"the run goes on, but not bit for bit as it would have: {shown}",
+            LorakitWarning,
+            stacklevel=3,
+        )
+
+
+def check_same_base(checkpoint: Checkpoint, sha256: str) -> None:
+    """Compare the base's fingerprint with the checkpoint's.
+
+    Raises:
+        BaseMismatchError: the base's weights are not the same.
+    """
+    expected = checkpoint.identity["base_sha256"]
+    if expected != sha256:
+        raise BaseMismatchError(
+            "the base is not the one this run was started with",
+            where="model.ref",
+            expected=f"fingerprint {expected}",
+            found=sha256,
+            remedy="put the old weights back, or start a new run",
+        )

@@ -1,0 +1,306 @@
+"""One training run: check, plan, load, train, save, record."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+
+from lorakit.adapters.fingerprint import fingerprint
+from lorakit.data.collate import Collator
+from lorakit.data.sampling import LengthGroupedSampler
+from lorakit.errors import TrainingError
+from lorakit.files import write_json, write_text
+from lorakit.methods.base import Method, TrainableReport
+from lorakit.methods.registry import build_method
+from lorakit.models.load import load_base_model
+from lorakit.progress import progress
+from lorakit.train.callbacks import (
+    Cadence,
+    FlowCallback,
+    MetricsCallback,
+    ProgressCallback,
+    TensorBoardCallback,
+    require_tensorboard,
+)
+from lorakit.train.checkpoints import Checkpoint, CheckpointStore, RunState, load_state
+from lorakit.train.config import TrainConfig
+from lorakit.train.interrupt import Interrupt, TrainingPaused
+from lorakit.train.metrics import MetricsLog
+from lorakit.train.prepare import Preparation, prepare
+from lorakit.train.record import Clock, WarningLog, passport, run_record
+from lorakit.train.resume import (
+    CHECKPOINTS,
+    check_same_base,
+    check_same_run,
+    find_start,
+    identity,
+)
+from lorakit.train.trainer import AdapterTrainer, StepOptions, TrainerParts
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a finished run left.
+
+    Attributes:
+        directory: the run's directory.
+        adapter: the final adapter: PEFT's layout and the passport.
+        record: what run.json says.
+    """
+
+    directory: Path
+    adapter: Path
+    record: dict[str, Any]
+
+
+def say_on_stderr(line: str) -> None:
+    """Print one line where progress goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr) -> TrainResult:
+    """Train what the config asks for, and leave adapter/, run.json, metrics.jsonl, checkpoints/.
+
+    The result depends on the config alone (on one machine, CPU), also after a kill and a resume.
+    A resumed run may change only what `resume.MAY_CHANGE` lists.
+
+    Args:
+        config: the run.
+        resume: go on from the newest whole checkpoint in the output directory.
+        say: takes each line that tells the user what is planned and done.
+
+    Raises:
+        RequestError: what is asked for cannot be (see the kinds in `lorakit.errors`); nothing was
+            written.
+        TrainingError: a loss or gradient that is not finite.
+        TrainingPaused: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    if config.train.tensorboard:
+        require_tensorboard()
+    clock = Clock()
+    with WarningLog() as warned:
+        start = find_start(config, resume=resume)
+        prepared = prepare(config)
+        for line in prepared.lines(config):
+            say(line)
+        run = _Run(config, prepared, start, say)
+        if start is not None:
+            check_same_run(start, run.identity)
+            say(f"resuming from step {start.step} of {prepared.max_steps}")
+        run.load()
+        clock.mark("load_s")
+        run.fit()
+        clock.mark("train_s")
+        return run.finish(clock, warned.messages)
+
+
+class _Run:
+    """The run between its checks and its result."""
+
+    def __init__(
+        self, config: TrainConfig, prepared: Preparation, start: Checkpoint | None, say: Say
+    ) -> None:
+        self.config = config
+        self.prepared = prepared
+        self.start = start
+        self.say = say
+        self.identity = identity(config, prepared)
+        self.directory = Path(config.output)
+        self.store = CheckpointStore(
+            self.directory / CHECKPOINTS, keep=config.train.keep_checkpoints
+        )
+        self.metrics = MetricsLog(self.directory / "metrics.jsonl")
+        self.method: Method = build_method(config.method, config.lora.to_dict())
+        self.passport = passport(config, prepared)
+        # Set by load() and fit().
+        self.model: PreTrainedModel
+        self.report: TrainableReport
+        self.state = RunState() if start is None else start.state
+
+    def load(self) -> None:
+        """Load the base and attach the adapter."""
+        self.model = load_base_model(self.config.model.ref, dtype=self.config.model.dtype)
+        base_sha256 = fingerprint(self.model).sha256
+        if self.start is not None:
+            check_same_base(self.start, base_sha256)
+        self.identity["base_sha256"] = base_sha256
+        set_seed(self.config.seed)
+        self.report = self.method.attach(self.model)
+        if self.config.train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def fit(self) -> None:
+        """Train from the start or the checkpoint to the end; the adapter stays in the model."""
+        write_text(self.directory / "config.yaml", self.config.to_yaml())
+        self.store.clean()
+        self.metrics.cut_after(0 if self.start is None else self.start.step)
+        if self.start is not None and self._is_over(self.start):
+            # Trainer would take one more step before it looks at the number of steps.
+            load_state(self.method, self.model, self.start.path)
+            self.say(f"the run is over: nothing is left to train after step {self.start.step}")
+            return
+        done = 0 if self.start is None else self.start.step
+        with ExitStack() as stack:
+            bar = stack.enter_context(progress("training", self.prepared.max_steps))
+            if done:
+                bar.advance(done)
+            interrupt = stack.enter_context(Interrupt())
+            callbacks: list[TrainerCallback] = [
+                FlowCallback(self._cadence(), interrupt),
+                MetricsCallback(self.metrics),
+                ProgressCallback(bar),
+            ]
+            if self.config.train.tensorboard:
+                board = TensorBoardCallback(self.directory / "tensorboard", done)
+                stack.callback(board.close)
+                callbacks.append(board)
+            trainer = self._trainer(callbacks)
+            trainer.run_state = replace(
+                self.state, num_sessions=self.state.num_sessions + (self.start is not None)
+            )
+            try:
+                trainer.train(
+                    resume_from_checkpoint=None if self.start is None else str(self.start.path)
+                )
+            except KeyboardInterrupt as error:
+                raise self._paused(self.store.last()) from error
+            self.state = trainer.run_state
+            last = self.store.last()
+            if interrupt.requested and (last is None or not self._is_over(last)):
+                raise self._paused(last)
+
+    def finish(self, clock: Clock, warned: list[str]) -> TrainResult:
+        """Save the final adapter and the record."""
+        last = self.store.last()
+        if last is None:
+            raise TrainingError("no checkpoint was written", where=str(self.store.directory))
+        chosen = last.step
+        if self.config.train.keep_best and self.state.best_step is not None:
+            chosen = self.state.best_step
+            load_state(self.method, self.model, self.store.require(chosen).path)
+        lines = self.metrics.read()
+        metrics = {
+            "step": chosen,
+            "train_loss": next(n["loss"] for n in lines if n["step"] == chosen and "loss" in n),
+            "eval_loss": next(
+                (n["eval_loss"] for n in lines if n["step"] == chosen and "eval_loss" in n), None
+            ),
+        }
+        adapter = self.directory / "adapter"
+        self.method.save(self.model, adapter, {**self.passport, "metrics": metrics})
+        record = run_record(
+            self.config,
+            self.prepared,
+            self.report,
+            state=self.state,
+            lines=lines,
+            facts={
+                "final": metrics,
+                "base_sha256": self.identity["base_sha256"],
+                "timing": clock.seconds(),
+                "warnings": warned,
+            },
+        )
+        write_json(self.directory / "run.json", record)
+        self.say(f"adapter of step {chosen} saved in {adapter}")
+        return TrainResult(directory=self.directory, adapter=adapter, record=record)
+
+    def _is_over(self, checkpoint: Checkpoint) -> bool:
+        patience = self.config.train.early_stopping_patience
+        out_of_patience = patience is not None and checkpoint.state.num_evals_since_best >= patience
+        return checkpoint.step >= self.prepared.max_steps or out_of_patience
+
+    def _paused(self, last: Checkpoint | None) -> TrainingPaused:
+        command = shlex.join(["lorakit", "train", str(self.directory / "config.yaml"), "--resume"])
+        if last is None:
+            return TrainingPaused(
+                "stopped before the first checkpoint",
+                where=str(self.directory),
+                remedy="remove the directory and start the run again",
+            )
+        return TrainingPaused(
+            f"stopped after step {last.step} of {self.prepared.max_steps}, which is saved",
+            where=str(last.path),
+            remedy=f"go on with: {command}",
+        )
+
+    def _cadence(self) -> Cadence:
+        options, per_epoch = self.config.train, self.prepared.steps_per_epoch
+        eval_every = per_epoch if options.eval_every == "epoch" else options.eval_every
+        return Cadence(
+            max_steps=self.prepared.max_steps,
+            eval_every=eval_every if self.config.validates else None,
+            save_every=per_epoch if options.save_every == "epoch" else options.save_every,
+        )
+
+    def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
+        config, data, options = self.config, self.prepared.data, self.config.train
+        pad = self.prepared.tokenizer.pad_token_id
+        sampler = LengthGroupedSampler(
+            data.train.lengths,
+            options.batch_size,
+            seed=config.seed,
+            grouped=options.length_grouping,
+        )
+        parts = TrainerParts(
+            train=data.train,
+            validation=data.validation,
+            collate=Collator(pad_token_id=pad if isinstance(pad, int) else 0),
+            sampler=sampler,
+            origin=data.train_rows.origin,
+            method=self.method,
+            passport=self.passport,
+            checkpoints=self.store,
+            identity=self.identity,
+        )
+        max_steps = self.prepared.max_steps
+        steps = StepOptions(
+            schedule=options.schedule,
+            num_warmup_steps=options.warmup_steps or round(options.warmup_ratio * max_steps),
+            label_smoothing=options.label_smoothing,
+            bf16=self.prepared.bf16,
+            patience=options.early_stopping_patience,
+            keep_best=options.keep_best,
+        )
+        return AdapterTrainer(
+            self.model,
+            training_arguments(config, max_steps),
+            parts=parts,
+            options=steps,
+            callbacks=callbacks,
+        )
+
+
+def training_arguments(config: TrainConfig, max_steps: int) -> TrainingArguments:
+    """Transformers' arguments for this config; logging, saving and validating are ours."""
+    options = config.train
+    return TrainingArguments(
+        output_dir=config.output,
+        max_steps=max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size or options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        learning_rate=options.lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_betas[0],
+        adam_beta2=options.adam_betas[1],
+        adam_epsilon=options.adam_eps,
+        max_grad_norm=options.max_grad_norm or 0.0,
+        seed=config.seed,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
