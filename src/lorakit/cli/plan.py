@@ -7,14 +7,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import console
-from lorakit.models.load import load_config, model_class
+from lorakit.models.empty import empty_model
 from lorakit.report.numbers import format_bytes, format_count, format_number, format_share
 
 SUMMARY = "count the parameters and bytes of an adapter, nothing loaded"
@@ -48,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         scaling=args.scaling,
         bias=args.bias,
     )
-    model = empty_model(load_config(args.model))
+    model = empty_model(args.model)
     plan = plan_adapter(model, spec)
     record = _record(args.model, model, plan)
     if args.json:
@@ -56,15 +54,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(record, plan, args.sites)
     return 0
-
-
-def empty_model(config: PretrainedConfig) -> nn.Module:
-    """The model of a configuration on the meta device: names and shapes, no memory."""
-    wanted = model_class(config)
-    with torch.device("meta"):
-        # The Auto classes are built from a configuration, the others by calling them.
-        build = getattr(wanted, "from_config", None) or wanted._from_config
-        return build(config)
 
 
 def _targets(text: str) -> str | tuple[str, ...]:

@@ -14,12 +14,10 @@ _TEXTS = (
     "The capital of France is",
     "SELECT name, COUNT(*) FROM orders WHERE year > 2019 GROUP BY",
     "def fibonacci(n):\n    if n < 2:\n        return",
-    "Question: what is 17 + 25? Answer:",
     "Once upon a time, in a small village by the sea, there lived",
-    "Die Katze sitzt auf dem",
 )
 _NUM_RANDOM_TOKENS = 24
-_NEW_TOKENS = 24
+_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +61,15 @@ def make_probes(
 
 
 @torch.inference_mode()
-def ask(model: PreTrainedModel, probes: list[dict[str, Tensor]]) -> Answers:
+def ask(
+    model: PreTrainedModel, probes: list[dict[str, Tensor]], *, generate: bool = False
+) -> Answers:
     """Run the probes; changes nothing.
 
     Args:
         model: in eval mode.
         probes: see `make_probes`.
+        generate: continue the probes greedily too, where the model can.
     """
     outputs: list[Tensor] = []
     layers: list[list[Tensor]] = []
@@ -79,7 +80,7 @@ def ask(model: PreTrainedModel, probes: list[dict[str, Tensor]]) -> Answers:
         logits = getattr(result, "logits", None)
         outputs.append((logits if logits is not None else result.last_hidden_state).float().cpu())
         layers.append([h.float().cpu() for h in _hidden_states(result)])
-        if model.can_generate():
+        if generate and model.can_generate():
             continuations.append(_continue(model, inputs))
     return Answers(outputs, layers, continuations)
 

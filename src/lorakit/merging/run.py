@@ -78,7 +78,7 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         else:
             changes = _write_whole(resolved.path, adapter, staging)
         merged = load_base_model(staging, dtype=request.dtype)
-        reread = ask(merged, probes)
+        reread = ask(merged, probes, generate=True)
         del merged
         gc.collect()
         certificate = _certificate(proof, reread, changes, plan)
@@ -112,7 +112,7 @@ def _before(
     probes = make_probes(model, tokenizer)
     with use(model, None):
         base = ask(model, probes)
-    live = ask(model, probes)
+    live = ask(model, probes, generate=True)
     if max_abs_difference(base.outputs, live.outputs) == 0.0:
         raise MergeError(
             "the adapter changes nothing: the merged model would equal the base",

@@ -81,8 +81,8 @@ class LabelHead:
 
     Causal models are shifted by one, as in transformers' ForCausalLMLoss; sequence-to-sequence
     models are not. Keep one object per model: the comparison with the full forward runs on the
-    first batch it sees (without gradient, without dropout, on two rows unless each row names its own
-    adapter).
+    first batch it sees (without gradient, without dropout, on two rows unless each row names its
+    own adapter).
 
     Args:
         model: a transformers model with a language-modelling head; it is not changed.

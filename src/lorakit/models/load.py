@@ -216,6 +216,8 @@ def _weights_of(
     _require_memory(resolved, torch_dtype, target)
     model, info = _read(wanted, resolved.path, torch_dtype)
     _report(resolved, info)
+    # A cache path means nothing on another machine: adapters name their base by this.
+    model.config.name_or_path = resolved.ref
     return cast(PreTrainedModel, model.to(target)).eval()  # pyright: ignore[reportArgumentType]
 
 

@@ -17,7 +17,8 @@ from lorakit.errors import RequestError
 from lorakit.report.schema import Curve, Report
 from lorakit.report.sections import certificate, comparison, details, samples, tiles
 
-_RECORDS = ("run.json", "result.json", "eval.json")
+# In this order: where two records bring a section, the first one counts.
+_RECORDS = ("result.json", "run.json", "eval.json")
 
 
 def collect(directory: str | Path) -> Report:
@@ -82,20 +83,23 @@ def _merge_files(directory: Path) -> Iterator[Path]:
 
 
 def _from_records(directory: Path, records: Mapping[str, dict[str, Any]]) -> Report:
-    merged: dict[str, Any] = {}
-    for record in records.values():
-        merged.update(record)
+    # Kept apart: the same key ("adapter", "data") means different things in different records.
+    found = [records[name] for name in _RECORDS if name in records]
     report: Report = {
-        "title": str(merged.get("title", directory.resolve().name)),
-        "subtitle": str(merged.get("subtitle", "")),
-        "tiles": tiles(merged),
-        "samples": samples(merged),
-        "details": details(merged),
-        "command": str(merged.get("command", "")),
+        "title": next((str(r["title"]) for r in found if "title" in r), directory.resolve().name),
+        "subtitle": next((str(r["subtitle"]) for r in found if "subtitle" in r), ""),
+        "tiles": next(filter(None, map(tiles, found)), []),
+        "samples": next(filter(None, map(samples, found)), []),
+        "details": {},
+        "command": next((str(r["command"]) for r in found if "command" in r), ""),
     }
-    found = comparison(merged)
-    if found is not None:
-        report["comparison"] = found
+    table = next(filter(None, map(comparison, found)), None)
+    if table is not None:
+        report["comparison"] = table
+    for name, record in records.items():
+        for group, facts in details(record).items():
+            label = "Evaluation" if (name, group) == ("eval.json", "Run") else group
+            report["details"].setdefault(label, facts)
     return report
 
 

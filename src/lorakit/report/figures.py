@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lorakit.report.schema import Curve
 
@@ -53,7 +54,9 @@ def loss_curve(curve: Curve) -> str:
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
         axes.set_ylim(bottom=0, top=_top(curve))
-        axes.legend(frameon=False, loc="upper right")
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        # Above the drawing: inside it would cover a curve that stays high.
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
         return _svg(figure)
 
 

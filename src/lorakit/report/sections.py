@@ -59,20 +59,24 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
 
 def certificate(record: Mapping[str, Any]) -> Certificate:
     """The certificate section of a merge record: its plain values, and its errors per layer."""
+    error, tolerance = record.get("max_abs_logit_error"), record.get("tolerance")
     passed = bool(record.get("passed", True))
-    layers = record.get("layers")
-    pairs = [(str(k), float(v)) for k, v in layers.items()] if isinstance(layers, Mapping) else []
+    if error is not None and tolerance is not None:
+        passed = passed and error <= tolerance
+    agree = "The live, the merged and the re-read model agree within the dtype's tolerance."
     facts = {
-        _words(key): value
+        _words(key): _with_unit(key, value)
         for key, value in record.items()
-        if key not in ("passed", "layers", "statement") and not isinstance(value, Mapping | list)
+        if key not in ("passed", "statement") and not isinstance(value, Mapping | list)
     }
-    statement = "The live, the merged and the re-read model agree." if passed else "It failed."
     return {
         "passed": passed,
-        "statement": str(record.get("statement", statement)),
+        "statement": str(record.get("statement", agree if passed else "They do not agree.")),
         "facts": facts,
-        "layers": pairs,
+        "layers": [
+            (f"layer {layer['layer']}", float(layer["max_abs_error"]))
+            for layer in record.get("layers", [])
+        ],
     }
 
 

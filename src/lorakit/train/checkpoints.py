@@ -86,11 +86,13 @@ class CheckpointStore:
     Args:
         directory: where they are; made when the first is written.
         keep: how many of the newest stay when one is written.
+        keep_best: whether the best one stays beside.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int) -> None:
+    def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = True) -> None:
         self.directory = Path(directory)
         self.keep = keep
+        self.keep_best = keep_best
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is or would be."""
@@ -100,7 +102,7 @@ class CheckpointStore:
     def write(self, step: int, state: RunState, identity: dict[str, Any]) -> Iterator[Path]:
         """A directory to fill; it becomes the step's checkpoint only if the block succeeds.
 
-        Older checkpoints beyond `keep` are removed afterwards, except the best one.
+        Older checkpoints beyond `keep` are removed afterwards, the best one perhaps excepted.
 
         Raises:
             OutputError: the disk refuses; nothing is left half-written.
@@ -114,7 +116,7 @@ class CheckpointStore:
                 "files": _list_files(staging),
             }
             write_json(staging / MANIFEST, manifest)
-        self._rotate(step, state.best_step)
+        self._rotate(step, state.best_step if self.keep_best else None)
 
     def last(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None.

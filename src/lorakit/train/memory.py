@@ -17,8 +17,8 @@ from lorakit.models.load import model_class
 _TRAINED_BYTES = 16
 # Logits, their softmax and their gradient, in float32.
 _LOGIT_BYTES = 12
-# What a layer keeps for its backward pass, as a multiple of the outputs of its products. Measured
-# on a Llama block: products, norms, rotary positions, gate, attention's own buffers.
+# What a layer keeps for its backward pass, as a multiple of the outputs of its products: the
+# products themselves, norms, rotary positions, gates, attention's own buffers. A rule of thumb.
 _KEPT_PER_OUTPUT = 3
 
 
@@ -39,7 +39,7 @@ class BatchShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes by what they are for; rough, about a third either way.
+    """Bytes by what they are for; activations and logits by a rule of thumb.
 
     Attributes:
         weights_bytes: the frozen base.

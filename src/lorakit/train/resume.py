@@ -81,7 +81,7 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
             f"{', '.join(sorted(MAY_CHANGE))} may change",
             remedy="resume with that file, or start a new run with another output",
         )
-    return _with_best(checkpoint, store)
+    return _with_best(checkpoint, store) if config.train.keep_best else checkpoint
 
 
 def _with_best(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:

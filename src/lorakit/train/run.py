@@ -116,7 +116,9 @@ class _Run:
         self.identity = identity(config, prepared)
         self.directory = Path(config.output)
         self.store = CheckpointStore(
-            self.directory / CHECKPOINTS, keep=config.train.keep_checkpoints
+            self.directory / CHECKPOINTS,
+            keep=config.train.keep_checkpoints,
+            keep_best=config.train.keep_best,
         )
         self.metrics = MetricsLog(self.directory / "metrics.jsonl")
         self.method: Method = build_method(config.method, config.lora.to_dict())
@@ -136,7 +138,7 @@ class _Run:
         set_seed(self.config.seed)
         self.report = self.method.attach(self.model)
         if self.config.train.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_activations(self.model)
 
     def fit(self) -> None:
         """Train from the start or the checkpoint to the end; the adapter stays in the model."""
@@ -278,6 +280,15 @@ class _Run:
             options=steps,
             callbacks=callbacks,
         )
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # The newer name first: transformers drops the older one in version 6.
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
 
 
 def training_arguments(config: TrainConfig, max_steps: int) -> TrainingArguments:

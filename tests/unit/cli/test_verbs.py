@@ -204,6 +204,19 @@ def test_report_of_a_training_run_and_of_an_evaluation(capsys, run_directory, da
     assert "trained parameters" in html
 
 
+def test_merge_writes_a_model_that_answers_as_the_adapter_did(capsys, run_directory, tmp_path):
+    adapter, output = run_directory / "adapter", tmp_path / "merged"
+    code, result = answer(capsys, "merge", adapter, "-o", output)
+    assert code == 0
+    assert result["max_abs_logit_error"] <= result["tolerance"]
+    asked = ["generate", "1+2", "--max-new-tokens", 5]
+    live = answer(capsys, *asked, "--adapter", adapter)[1]["answers"][0]["adapter"]
+    merged = answer(capsys, *asked, "--model", output)[1]["answers"][0]["base"]
+    assert merged == live
+    code, result = answer(capsys, "merge", adapter, "-o", output)
+    assert (code, result["error"]["type"]) == (2, "OutputError")
+
+
 def test_chat_answers_each_line_and_switches(capsys, monkeypatch, run_directory):
     lines = "hello\n/base\nagain\n/both\nmore\n/reset\n/quit\nnever read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))

@@ -197,13 +197,13 @@ def test_bos_goes_before_plain_text_and_not_before_a_template():
 
 def test_tokens_never_span_the_boundary():
     tokenizer = make_tokenizer(None)
-    # "capital" is one token of this vocabulary: training must not see it where generation cannot.
-    whole = tokenizer("capital", add_special_tokens=False)["input_ids"]
-    example = one({"prompt": "cap", "completion": "ital"}, tokenizer)
-    prompt = render_prompt({"prompt": "cap"}, tokenizer)
-    assert len(whole) < len(example.input_ids)
+    prompt = render_prompt({"prompt": "Fr"}, tokenizer)
+    whole = tokenizer("France", add_special_tokens=False)["input_ids"]
+    # The vocabulary has a token over the boundary; generation after "Fr" never sees it.
+    assert whole[: len(prompt)] != prompt
+    example = one({"prompt": "Fr", "completion": "ance"}, tokenizer)
     assert example.input_ids[: len(prompt)] == prompt
-    assert learned(tokenizer, example) == ["ital</s>"]
+    assert learned(tokenizer, example) == ["ance</s>"]
 
 
 def test_no_space_is_invented():

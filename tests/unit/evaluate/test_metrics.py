@@ -108,6 +108,10 @@ def test_bleu_at_its_edges_equals_sacrebleu(answer: str, references: list[str]) 
     assert corpus_bleu([answer], [references]) == pytest.approx(own / 100, abs=1e-12)
 
 
+def test_bleu_ignores_case() -> None:
+    assert corpus_bleu(["The Cat sat ON the mat"], [["the cat Sat on the mat"]]) == pytest.approx(1)
+
+
 def test_corpus_rouge_is_the_mean() -> None:
     assert corpus_rouge_l(["a b", "x"], [["a b"], ["y"]]) == pytest.approx(0.5)
 

@@ -110,6 +110,14 @@ def test_reference_queries_are_run_on_the_database_beside_the_data(shop, tokeniz
     assert question.reference_results == ([(1,), (2,), (3,)],)
 
 
+def test_one_prompt_about_two_databases_is_two_questions(shop, tokenizer) -> None:
+    (shop / "other.db").write_bytes((shop / "shop.db").read_bytes())
+    line = '{"prompt": "w1", "completion": "SELECT id FROM item", "database": "%s"}'
+    rows = sql_rows(shop, *(line % name for name in ("shop.db", "other.db", "shop.db")))
+    found = build_questions(rows, tokenizer, options("sql_execution", group_by_prompt=True))
+    assert [q.rows for q in found] == [(0, 2), (1,)]
+
+
 @pytest.mark.parametrize(
     ("completion", "database", "match"),
     [

@@ -37,7 +37,13 @@ def run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "merge.json").write_text(
-        json.dumps({"passed": True, "max_abs_logit_error": 3e-5, "layers": {"a.q_proj": 1e-6}})
+        json.dumps(
+            {
+                "max_abs_logit_error": 3e-5,
+                "tolerance": 1e-3,
+                "layers": [{"layer": 0, "max_abs_error": 1e-6, "max_abs": 2.0}],
+            }
+        )
     )
     return tmp_path
 
@@ -53,8 +59,12 @@ def test_a_demo_directory_becomes_a_report(run):
     assert perplexity["share"] is False
     assert report["curve"]["train"] == [[1, 2.0], [2, 1.0], [3, 2 / 3], [4, 0.5]]
     assert report["curve"]["validation"] == [[2, 0.7]]
-    assert report["certificate"]["facts"] == {"max abs logit error": 3e-5}
-    assert report["certificate"]["layers"] == [("a.q_proj", 1e-6)]
+    assert report["certificate"]["facts"] == {
+        "max abs logit error": 3e-5,
+        "tolerance": 1e-3,
+    }
+    assert report["certificate"]["passed"] is True
+    assert report["certificate"]["layers"] == [("layer 0", 1e-6)]
     tiles = {tile["label"]: tile["value"] for tile in report["tiles"]}
     assert tiles == {
         "trained parameters": "2,442,240",
@@ -65,8 +75,11 @@ def test_a_demo_directory_becomes_a_report(run):
     assert report["details"]["Run"]["adapter bytes"] == "9.8 MB"
 
 
-def test_a_failed_merge_is_not_shown_as_passed(run):
-    (run / "merged" / "merge.json").write_text(json.dumps({"passed": False}))
+@pytest.mark.parametrize(
+    "record", [{"passed": False}, {"max_abs_logit_error": 2e-3, "tolerance": 1e-3}]
+)
+def test_a_failed_merge_is_not_shown_as_passed(run, record):
+    (run / "merged" / "merge.json").write_text(json.dumps(record))
     assert collect(run)["certificate"]["passed"] is False
 
 

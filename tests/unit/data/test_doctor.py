@@ -1,0 +1,95 @@
+"""`lorakit doctor`, on a tiny model written to disk with a real tokenizer."""
+
+import json
+
+import pytest
+from tokenizers_for_tests import CHATML, NO_END, make_tokenizer
+
+from lorakit.cli import main
+
+ROWS = [
+    {"prompt": f"What is the capital of France {i}?", "completion": f"Paris {i}."} for i in range(6)
+]
+
+
+@pytest.fixture
+def base(tmp_path, tiny):
+    directory = tmp_path / "base"
+    tiny("llama").save_pretrained(directory)
+    make_tokenizer(CHATML, eos="<|im_end|>", pad="<|im_end|>").save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def test_one_screen_from_a_model_and_data(base, data, capsys):
+    code = main.main(["doctor", "--model", str(base), "--data", str(data), "--examples", "1"])
+    out = capsys.readouterr().out
+    assert code == 0
+    assert "[[Paris 0.<|im_end|>]]" in out
+    assert "Paris 1." not in out
+    assert "rows.jsonl line 1" in out
+    assert "the end of every answer is learned (<|im_end|>)" in out
+    assert "pad and EOS are the same token" in out
+    assert "the targets match" in out
+
+
+def test_json_of_a_config_with_overrides(base, data, tmp_path, capsys):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(ROWS[3]) + "\n" + json.dumps(ROWS[0] | {"prompt": "x"}) + "\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {base}\ndata: {{train: {data}, validation: {held_out}}}\n"
+        f"output: {tmp_path / 'run'}\nlora: {{r: 2, alpha: 8, targets: qv}}\n"
+    )
+    words = ["doctor", str(config), "lora.r=3", "data.max_length=30", "--json"]
+    assert main.main(words) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["report"]["num_examples"] == 6
+    assert record["examples"][0]["learned"] == "Paris 0.<|im_end|>"
+    assert record["adapter"]["num_sites"] == len(record["adapter"]["sites"]) > 0
+    assert record["adapter"]["num_params"] % 3 == 0
+    texts = [finding["text"] for finding in record["findings"]]
+    assert any("1 of 2 validation rows are also training rows" in text for text in texts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_template_without_end_marker_is_found(base, data, capsys):
+    make_tokenizer(NO_END).save_pretrained(base)
+    (base / "chat_template.jinja").write_text(NO_END)
+    assert main.main(["doctor", "--model", str(base), "--data", str(data), "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert any(f["level"] == "warning" and "no end marker" in f["text"] for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ([], "one config is needed"),
+        (["a.yaml", "b.yaml"], "one config is needed"),
+        (["--model", "x"], "one config is needed"),
+        (["a.yaml", "--model", "x", "--data", "y"], "one config is needed"),
+    ],
+)
+def test_wrong_command_lines(words, what, capsys):
+    assert main.main(["doctor", *words]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_bad_data_is_a_wrong_request(base, data, capsys):
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    assert main.main(["doctor", "--model", str(base), "--data", str(data)]) == 2
+    error = capsys.readouterr().err
+    assert "malformed JSON line" in error
+    assert "line 2" in error
+
+
+def test_all_labels_masked_is_a_wrong_request(base, data, capsys):
+    words = ["doctor", "--model", str(base), "--data", str(data), "data.max_length=6"]
+    assert main.main(words) == 2
+    assert "all labels are masked" in capsys.readouterr().err
