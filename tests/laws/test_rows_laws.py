@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from law_cases import CASES, Case, grid
 
 import tiny_models
+from law_cases import CASES, Case, grid
 from learned import attach_learned
 from lorakit.adapters.attach import use
 from lorakit.adapters.spec import LoraSpec
@@ -33,7 +33,9 @@ def test_each_row_runs_as_if_alone(case: Case) -> None:
         assert all((mixed[i] - other).abs().max() > 1e-4 for other in others)
 
 
-@grid("llama-all-linear", "gpt2-parts-ranks", "vit-everything", "bert-bias-lora-only", "t5-embeddings")
+@grid(
+    "llama-all-linear", "gpt2-parts-ranks", "vit-everything", "bert-bias-lora-only", "t5-embeddings"
+)
 def test_gradients_of_a_mixed_batch_are_those_of_the_rows(case: Case) -> None:
     model = tiny_models.build(case.architecture)
     given = tiny_models.inputs(model, batch=3)
@@ -79,8 +81,19 @@ def test_a_wrong_number_of_rows_is_refused(num_rows: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama-all-linear", "gpt2-positions", "gpt2-parts-ranks", "gpt2-tokens", "t5-all-linear",
-     "t5-embeddings", "bloom-qv", "falcon-qv", "opt-bias-all", "llama-head-beside", "gemma3-embedding"],
+    [
+        "llama-all-linear",
+        "gpt2-positions",
+        "gpt2-parts-ranks",
+        "gpt2-tokens",
+        "t5-all-linear",
+        "t5-embeddings",
+        "bloom-qv",
+        "falcon-qv",
+        "opt-bias-all",
+        "llama-head-beside",
+        "gemma3-embedding",
+    ],
 )
 @pytest.mark.parametrize(
     "options",

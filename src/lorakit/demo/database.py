@@ -10,6 +10,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from lorakit.demo.domains import Column, Domain, Table, domain
+from lorakit.demo.mixed import mixed_domain
 
 Value = str | int | float
 
@@ -120,7 +121,7 @@ _SHARE_WITH_CHILDREN = 5 / 6
 def open_database(name: str) -> sqlite3.Connection:
     """A new in-memory database of the domain called `name`, filled with its rows."""
     connection = sqlite3.connect(":memory:")
-    _fill(connection, domain(name))
+    _fill(connection, mixed_domain(name) or domain(name))
     return connection
 
 

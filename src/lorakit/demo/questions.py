@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from lorakit.demo import intents, join_intents
 from lorakit.demo.database import open_database
 from lorakit.demo.domains import Domain, Split, domains
 from lorakit.demo.drafts import Draft
+from lorakit.demo.mixed import mixed_domains
 from lorakit.demo.phrasings import PHRASINGS
 from lorakit.demo.query import gold_rows
 from lorakit.demo.scene import Scene, UnsuitableError
@@ -53,6 +54,9 @@ INTENTS: dict[str, Callable[[Scene], Draft]] = {
 }
 """Everything a question can ask, by name."""
 
+# The share of training questions that are about mixed schemas.
+_SHARE_MIXED = 2 / 3
+_TWO_TABLES = {name for name in INTENTS if "join" in name or "parent" in name or "children" in name}
 # Draws after which an intent is given up for a database: some have no tie-free answer, for one.
 _MAX_DRAWS = 60
 # Rounds without a new question after which a split has no more to give.
@@ -97,13 +101,12 @@ def make_questions(split: Split, n: int, seed: int) -> list[Question]:
         DataError: the split's databases do not give that many different questions.
     """
     rng = random.Random(f"questions {split} {seed}")
-    schemas = domains(split)
     found: dict[str, Question] = {}
     dry_rounds = 0
     while len(found) < n:
         before = len(found)
-        for intent in rng.sample(list(INTENTS), len(INTENTS)):
-            question = _draw(rng.choice(schemas), intent, rng)
+        for intent in _round(split, rng):
+            question = _draw(_schema(split, rng), intent, rng)
             if question and len(found) < n:
                 found.setdefault(f"{question.domain}: {question.question}", question)
         dry_rounds = dry_rounds + 1 if len(found) == before else 0
@@ -118,6 +121,31 @@ def make_questions(split: Split, n: int, seed: int) -> list[Question]:
     return list(found.values())
 
 
+def conversations(questions: Sequence[Question], turns: int) -> list[dict[str, Any]]:
+    """The questions as rows of chat data that show a schema once for up to `turns` answers.
+
+    Questions about the same database become turns of one conversation, in their order; the schema
+    stands before the first only. Every answer is there to be learned, for about half the tokens
+    that single questions take.
+    """
+    by_domain: dict[str, list[Question]] = {}
+    for question in questions:
+        by_domain.setdefault(question.domain, []).append(question)
+    rows: list[dict[str, Any]] = []
+    for asked in by_domain.values():
+        for start in range(0, len(asked), turns):
+            first, *others = asked[start : start + turns]
+            row = first.to_row()
+            del row["intent"]  # there are several
+            for question in others:
+                row["messages"] += [
+                    {"role": "user", "content": question.question},
+                    {"role": "assistant", "content": question.sql},
+                ]
+            rows.append(row)
+    return rows
+
+
 def execution_match(predicted: str, question: Question) -> bool:
     """Whether the query in a model's answer returns what the right query returns.
 
@@ -130,6 +158,19 @@ def execution_match(predicted: str, question: Question) -> bool:
     except SqlError:
         return False
     return same_result(rows, run_sql(connection, question.sql), is_ordered(question.sql))
+
+
+def _round(split: Split, rng: random.Random) -> list[str]:
+    names = list(INTENTS)
+    if split == "train":
+        # Two tables are harder than one.
+        names += [n for n in names if n in _TWO_TABLES]
+    return rng.sample(names, len(names))
+
+
+def _schema(split: Split, rng: random.Random) -> Domain:
+    mixed = split == "train" and rng.random() < _SHARE_MIXED
+    return rng.choice(mixed_domains() if mixed else domains(split))
 
 
 def _draw(schema: Domain, intent: str, rng: random.Random) -> Question | None:

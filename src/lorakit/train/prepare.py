@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,11 +48,11 @@ class RunData:
 
     def to_json(self) -> dict[str, Any]:
         """Sources, hashes, counts, and what tokenising found."""
-        record = {"train": {**self.train_rows.to_json(), "report": asdict(self.train.report)}}
+        record = {"train": {**self.train_rows.to_json(), "report": self.train.report.to_json()}}
         if self.validation_rows is not None and self.validation is not None:
             record["validation"] = {
                 **self.validation_rows.to_json(),
-                "report": asdict(self.validation.report),
+                "report": self.validation.report.to_json(),
             }
         return record
 

@@ -92,10 +92,6 @@ def run_record(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of run.json: plain values only."""
-    adapter = Path(config.output) / "adapter"
-    train_lines = [line for line in lines if "loss" in line]
-    eval_lines = [line for line in lines if "eval_loss" in line]
-    busy_s = max(state.busy_s, 1e-9)
     return {
         "kind": "train",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -106,16 +102,45 @@ def run_record(
             "bytes": prepared.memory.weights_bytes,
             "sha256": facts["base_sha256"],
         },
-        "adapter": {
-            "method": config.method,
-            "path": str(adapter),
-            "trainable_params": report.num_trainable,
-            "trainable_share": report.share,
-            "num_sites": len(report.sites),
-            "bytes": sum(f.stat().st_size for f in adapter.iterdir() if f.is_file()),
-            "notes": list(report.notes),
-        },
+        "adapter": _adapter_facts(config, report),
         "data": prepared.data.to_json(),
+        **_course(prepared, state, lines, facts["final"]),
+        "timing": facts["timing"],
+        "memory": {
+            "estimate": {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes},
+            "free_before_bytes": prepared.free_bytes,
+            "peak_bytes": peak_memory_bytes(),
+        },
+        "precision": "bf16" if prepared.bf16 else "fp32",
+        "device": prepared.device.type,
+        "seed": config.seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "warnings": facts["warnings"],
+    }
+
+
+def _adapter_facts(config: TrainConfig, report: TrainableReport) -> dict[str, Any]:
+    path = Path(config.output) / "adapter"
+    return {
+        "method": config.method,
+        "path": str(path),
+        "trainable_params": report.num_trainable,
+        "trainable_share": report.share,
+        "num_sites": len(report.sites),
+        "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
+        "notes": list(report.notes),
+    }
+
+
+def _course(
+    prepared: Preparation, state: RunState, lines: list[Line], final: Any
+) -> dict[str, Any]:
+    """How far the run came, how well and how fast."""
+    train_lines = [line for line in lines if "loss" in line]
+    eval_lines = [line for line in lines if "eval_loss" in line]
+    busy_s = max(state.busy_s, 1e-9)
+    return {
         "steps": {
             "done": train_lines[-1]["step"] if train_lines else 0,
             "max": prepared.max_steps,
@@ -124,7 +149,7 @@ def run_record(
             "sessions": state.num_sessions,
         },
         "metrics": {
-            "final": facts["final"],
+            "final": final,
             "first_loss": train_lines[0]["loss"] if train_lines else None,
             "last_loss": train_lines[-1]["loss"] if train_lines else None,
             "best_step": state.best_step,
@@ -138,16 +163,4 @@ def run_record(
             "num_tokens": state.num_tokens,
             "num_examples": state.num_examples,
         },
-        "timing": facts["timing"],
-        "memory": {
-            "estimate": {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes},
-            "free_before_bytes": prepared.free_bytes,
-            "peak_bytes": peak_memory_bytes(),
-        },
-        "precision": "bf16" if prepared.bf16 else "fp32",
-        "device": prepared.device.type,
-        "seed": config.seed,
-        "versions": versions(),
-        "hardware": hardware(),
-        "warnings": facts["warnings"],
     }

@@ -10,8 +10,15 @@ import pytest
 import lorakit.demo.questions as module
 from lorakit.demo.database import open_database
 from lorakit.demo.domains import Split, domains
+from lorakit.demo.mixed import mixed_domains
 from lorakit.demo.phrasings import PHRASINGS
-from lorakit.demo.questions import INTENTS, Question, execution_match, make_questions
+from lorakit.demo.questions import (
+    INTENTS,
+    Question,
+    conversations,
+    execution_match,
+    make_questions,
+)
 from lorakit.errors import DataError
 from lorakit.evaluate.sql import is_ordered, run_sql
 
@@ -50,6 +57,23 @@ def test_no_table_is_both_learned_and_held_out() -> None:
     learned = {t.name for d in domains("train") for t in d.tables}
     held_out = {t.name for d in domains("held_out") for t in d.tables}
     assert not learned & held_out
+
+
+def test_training_mixes_schemas_from_the_words_of_the_training_domains_only() -> None:
+    tables = {t.name for d in domains("train") for t in d.tables}
+    columns = {c.name for d in domains("train") for t in d.tables for c in t.columns}
+    real = {d.name for d in domains("train")}
+    for schema in mixed_domains():
+        assert schema.name not in real
+        assert 2 <= len(schema.tables) <= 3
+        for table in schema.tables:
+            assert table.name in tables
+            assert {c.name for c in table.columns if c.kind != "key"} <= columns
+            assert len({c.name for c in table.columns}) == len(table.columns)
+    asked = {q.domain for q in make_questions("train", 300, 0)}
+    assert asked & real
+    assert asked & {d.name for d in mixed_domains()}
+    assert asked <= real | {d.name for d in mixed_domains()}
 
 
 def test_questions_stay_in_the_domains_of_their_split() -> None:
@@ -129,6 +153,25 @@ def test_a_row_is_a_chat_with_the_schema_and_the_answer() -> None:
     assert row["messages"][1]["content"].endswith(question.question)
     assert row["messages"][2]["content"] == question.sql
     assert row["database"] == f"{question.domain}.sqlite"
+
+
+def test_a_conversation_shows_a_schema_once_and_loses_no_question() -> None:
+    asked = make_questions("train", 300, 0)
+    rows = conversations(asked, 3)
+    said = [m for row in rows for m in row["messages"]]
+    assert sorted(m["content"] for m in said if m["role"] == "assistant") == sorted(
+        q.sql for q in asked
+    )
+    assert {len(row["messages"]) for row in rows} == {3, 5, 7}
+    by_sql = {(q.domain, q.sql, q.question): q for q in asked}
+    for row in rows:
+        system, first, *rest = row["messages"]
+        assert system["role"] == "system"
+        question = by_sql[row["domain"], rest[0]["content"], first["content"].split("\n")[-1]]
+        assert first["content"] == question.prompt()
+        for user, answer in zip(rest[1::2], rest[2::2], strict=True):
+            assert (user["role"], answer["role"]) == ("user", "assistant")
+            assert (row["domain"], answer["content"], user["content"]) in by_sql
 
 
 def test_the_right_query_matches_in_any_packing(questions: list[Question]) -> None:

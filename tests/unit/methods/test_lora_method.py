@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+from law_cases import Case, grid
+from learned import assert_same_bits, bits, shake, trainable
+from lorakit.errors import ConfigError, LorakitError, SpecError
+from lorakit.formats.peft import load_adapter
+from lorakit.methods.registry import METHODS, build_method
+
+
+def test_unknown_methods_and_options_are_refused() -> None:
+    assert "lora" in METHODS
+    with pytest.raises(ConfigError, match="lora"):
+        build_method("loar", {})
+    with pytest.raises(SpecError, match="dropout"):
+        build_method("lora", {"dropuot": 0.1})
+
+
+@grid("llama-qv", "gpt2-parts-ranks", "bert-bias-lora-only", "vit-everything")
+def test_state_goes_out_and_comes_back_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    model = tiny_models.build(case.architecture)
+    given = tiny_models.inputs(model)
+    method = build_method("lora", case.make().to_dict())
+    before = tiny_models.outputs(model, given)
+    report = method.attach(model)
+    assert tiny_models.outputs(model, given).equal(before)
+    assert report.num_trainable == sum(p.numel() for p in trainable(model).values())
+    assert report.num_total == sum(p.numel() for p in model.parameters())
+    assert 0 < report.share < 1
+    shake(model)
+    live = tiny_models.outputs(model, given)
+    state = method.state(model)
+    assert sum(t.numel() for t in state.values()) == report.num_trainable
+    # Live tensors, not copies.
+    pointers = {p.data_ptr() for p in trainable(model).values()}
+    assert {t.data_ptr() for t in state.values()} == pointers
+    kept = {n: t.detach().clone() for n, t in state.items()}
+    shake(model, seed=99)
+    assert not tiny_models.outputs(model, given).equal(live)
+    method.load(model, kept)
+    assert {t.data_ptr() for t in method.state(model).values()} == pointers
+    assert tiny_models.outputs(model, given).equal(live)
+    method.save(model, tmp_path / "out", {"seed": 5})
+    method.save(model, tmp_path / "out", {"seed": 6})
+    assert json.loads((tmp_path / "out" / "lorakit.json").read_text())["seed"] == 6
+    fresh = tiny_models.build(case.architecture)
+    load_adapter(fresh, tmp_path / "out")
+    torch.testing.assert_close(tiny_models.outputs(fresh, given), live, rtol=1e-6, atol=1e-6)
+
+
+def test_loading_a_state_is_strict_and_whole() -> None:
+    model = tiny_models.build("llama")
+    method = build_method("lora", {"r": 3, "alpha": 5})
+    method.attach(model)
+    shake(model)
+    good = {n: t.detach().clone() + 1 for n, t in method.state(model).items()}
+    first = next(iter(good))
+    values = bits(model)
+    for wrong in (
+        {n: t for n, t in good.items() if n != first},
+        {**good, "extra": torch.ones(2)},
+        {**good, list(good)[-1]: torch.ones(2, 2)},
+        {},
+    ):
+        with pytest.raises(LorakitError):
+            method.load(model, wrong)
+        assert_same_bits(values, bits(model))
