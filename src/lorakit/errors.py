@@ -57,7 +57,8 @@ class LorakitError(Exception):
         for label in ("where", "expected", "found", "remedy"):
             value = getattr(self, label)
             if value:
-                parts.append(f"  {label + ':':<10}{value}")
+                lines = value.replace("\n", "\n" + " " * 12)
+                parts.append(f"  {label + ':':<10}{lines}")
         return "\n".join(parts)
 
     def __reduce__(self) -> tuple[object, ...]:

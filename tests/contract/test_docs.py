@@ -53,10 +53,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 def parsed(words: list[str]) -> argparse.Namespace:
     """A command line read by the verb's own parser; a wrong one is a RequestError."""
-    verb: Any = importlib.import_module(cli.VERBS[words[0]][0])
-    parser = cli._Parser(prog=f"lorakit {words[0]}")
-    verb.add_arguments(parser)
-    parser.add_argument("--json", action="store_true")
+    parser = cli.build_parser(words[0])
     return parser.parse_intermixed_args(words[1:])
 
 

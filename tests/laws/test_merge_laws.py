@@ -57,7 +57,9 @@ def test_live_equals_merged_and_unmerge_restores_every_bit(case: Case) -> None:
         assert tiny_models.outputs(model, given).equal(before)
 
 
-@grid()
+@grid(
+    "llama-all-linear", "gpt2-parts-ranks", "bert-bias-lora-only", "vit-everything", "t5-embeddings"
+)
 def test_merge_then_detach_leaves_a_plain_merged_model(case: Case) -> None:
     model = tiny_models.build(case.architecture)
     given = tiny_models.inputs(model)

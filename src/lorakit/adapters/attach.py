@@ -26,7 +26,7 @@ from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
-from lorakit.layers.kinds import KINDS
+from lorakit.layers.kinds import KINDS, kind_of
 from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.overridden import OverriddenModule, Override
 
@@ -62,21 +62,51 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
     if isinstance(plan, LoraSpec):
         plan = plan_adapter(model, plan)
     modules = base_modules(model)
-    missing = [site.module for site in plan.sites if site.module not in modules]
-    if missing:
-        raise StateError(
-            "the plan was made for another model",
-            where=missing[0],
-            found=f"{len(missing)} of {len(plan.sites)} sites are not in {type(model).__name__}",
-            remedy="plan_adapter(model, spec) on this model",
-        )
+    _refuse_foreign(model, plan, modules)
     _refuse_nesting(model, plan)
+    trained = {id(p): p.requires_grad for p in model.parameters()}
     record = start_attachments(model)
     _freeze(model, record)
-    _install(model, record, plan, name, modules)
+    try:
+        _install(model, record, plan, name, modules)
+    except BaseException:
+        _take_off(model, name)
+        for parameter in model.parameters():
+            parameter.requires_grad_(trained[id(parameter)])
+        if not record.plans:
+            end_attachments(model)
+        raise
     record.plans[name] = plan
     record.routing.select(name)
     return plan
+
+
+def _refuse_foreign(model: nn.Module, plan: AdapterPlan, modules: dict[str, nn.Module]) -> None:
+    """A plan holds for the model it was made for, and for its like."""
+    wrong: list[str] = []
+    for site in plan.sites:
+        module = modules.get(site.module)
+        kind = kind_of(module) if module is not None else None
+        shape = kind.shape(module) if module is not None and kind is not None else ()
+        rows = site.rows.whole if site.rows else site.shape[0]
+        if kind is None or kind.name != site.kind or shape != (rows, *site.shape[1:]):
+            wrong.append(site.name)
+    for override in plan.overrides:
+        own = (
+            {n: tuple(p.shape) for n, p in (modules[override.module].named_parameters())}
+            if override.module in modules
+            else {}
+        )
+        if any(own.get(n) != tuple(shape) for n, shape in override.shapes.items()):
+            wrong.append(override.module)
+    if wrong:
+        raise StateError(
+            "the plan was made for another model",
+            where=wrong[0],
+            found=f"{len(wrong)} of its sites are missing in this {type(model).__name__}, or have "
+            "other shapes",
+            remedy="plan_adapter(model, spec) on this model",
+        )
 
 
 def _refuse_nesting(model: nn.Module, plan: AdapterPlan) -> None:
@@ -230,17 +260,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     names = list(record.plans) if name is None else [name]
     for gone in names:
         require_attached(model, gone)
-        key = module_key(gone)
-        for layer in adapted_layers(model):
-            if key in layer.factors:
-                del layer.factors[key]
-        for module in overridden_modules(model):
-            if key in module.overrides:
-                del module.overrides[key]
+        _take_off(model, gone)
         del record.plans[gone]
         record.passports.pop(gone, None)
         _forget(record, gone)
-    _put_back(model)
     if not record.plans:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(record.required_grad.get(parameter_name, True))
@@ -260,7 +283,15 @@ def _forget(record: Attachments, name: str) -> None:
         routing.active = None
 
 
-def _put_back(model: nn.Module) -> None:
+def _take_off(model: nn.Module, name: str) -> None:
+    """Remove an adapter's tensors, and the wrappers that nothing needs any more."""
+    key = module_key(name)
+    for layer in adapted_layers(model):
+        if key in layer.factors:
+            del layer.factors[key]
+    for module in overridden_modules(model):
+        if key in module.overrides:
+            del module.overrides[key]
     holders = places(model)
     for wrapper in [m for m in model.modules() if isinstance(m, Wrapper)]:
         empty = (isinstance(wrapper, AdaptedLayer) and not len(wrapper.factors)) or (

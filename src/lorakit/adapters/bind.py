@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from lorakit.adapters.attachments import (
 )
 from lorakit.adapters.fingerprint import Fingerprint, fingerprint
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site, whole_modules
-from lorakit.adapters.targets import base_modules, matches
+from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
+from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, BaseMismatchError, LorakitWarning, nearest
 from lorakit.layers.kinds import kind_of
 
@@ -85,7 +86,12 @@ def adapter_from_model(
 
 
 def bind_adapter(
-    model: nn.Module, adapter: Adapter, name: str = "default", *, any_base: bool = False
+    model: nn.Module,
+    adapter: Adapter,
+    name: str = "default",
+    *,
+    any_base: bool = False,
+    problems: Sequence[str] = (),
 ) -> AdapterPlan:
     """Attach an adapter and give it its values; strict both ways, and active afterwards.
 
@@ -96,6 +102,7 @@ def bind_adapter(
         adapter: what to bind.
         name: its name on this model.
         any_base: bind even if the passport says that the base is another one.
+        problems: what the reader of the file found already; listed with what is found here.
 
     Raises:
         AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
@@ -104,7 +111,7 @@ def bind_adapter(
     """
     check_name(name)
     refuse_merged(model)
-    plan = _plan_for(model, adapter)
+    plan = _plan_for(model, adapter, problems)
     if not any_base:
         _check_base(model, adapter)
     attach(model, plan, name)
@@ -189,9 +196,9 @@ def _short_names(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
     return tuple(leaves) if meant == set(adapted) else tuple(adapted)
 
 
-def _plan_for(model: nn.Module, adapter: Adapter) -> AdapterPlan:
+def _plan_for(model: nn.Module, adapter: Adapter, known: Sequence[str] = ()) -> AdapterPlan:
     modules = base_modules(model)
-    problems: list[str] = []
+    problems = list(known)
     sites: list[Site] = []
     for name, factors in adapter.factors.items():
         site = _site_for(model, modules, name, factors, name_bias=factors.module in adapter.biases)
@@ -199,11 +206,12 @@ def _plan_for(model: nn.Module, adapter: Adapter) -> AdapterPlan:
             problems.append(site)
         else:
             sites.append(site)
-    problems += _bias_problems(modules, adapter.biases)
+    problems += bias_problems(modules, adapter.biases)
     overrides = _override_sites(modules, adapter.overrides, problems)
-    problems += _not_finite(adapter)
-    problems += _changed_base(modules, adapter)
-    problems += _missing(modules, adapter)
+    problems += not_finite(adapter)
+    problems += changed_base(modules, adapter)
+    reported = {problem.split(": ")[1] for problem in problems}
+    problems += [p for p in missing_tensors(modules, adapter) if p.split(": ")[1] not in reported]
     if problems:
         raise _binding_error(model, adapter, problems, bound=len(sites))
     return AdapterPlan(
@@ -226,7 +234,7 @@ def _binding_error(
         if nothing
         else f"{len(problems)} tensors do not bind",
         where=type(model).__name__,
-        found="\n            ".join(shown),
+        found="\n".join(shown),
         remedy="load the base this adapter was made for"
         + (f" ({adapter.config['base_model_name_or_path']})" if _base_name(adapter) else ""),
     )
@@ -277,20 +285,6 @@ def _site_for(
     )
 
 
-def _bias_problems(modules: Mapping[str, nn.Module], biases: Mapping[str, Tensor]) -> list[str]:
-    problems: list[str] = []
-    for name, bias in biases.items():
-        module = modules.get(name)
-        own = dict(module.named_parameters(recurse=False)).get("bias") if module else None
-        if own is None:
-            problems.append(f"extra: {name}.bias: the model has no such bias")
-        elif own.shape != bias.shape:
-            problems.append(
-                f"misshapen: {name}.bias: expected {tuple(own.shape)}, found {tuple(bias.shape)}"
-            )
-    return problems
-
-
 def _override_sites(
     modules: Mapping[str, nn.Module], overrides: Mapping[str, Tensor], problems: list[str]
 ) -> tuple[OverrideSite, ...]:
@@ -309,44 +303,6 @@ def _override_sites(
         else:
             grouped.setdefault(owner, {})[leaf] = tuple(value.shape)
     return tuple(OverrideSite(module=m, shapes=shapes) for m, shapes in grouped.items())
-
-
-def _not_finite(adapter: Adapter) -> list[str]:
-    named: list[tuple[str, Tensor]] = []
-    for name, factors in adapter.factors.items():
-        named += [(f"{name} A", factors.A), (f"{name} B", factors.B)]
-    named += [*adapter.biases.items(), *adapter.overrides.items()]
-    return [f"not finite: {name}" for name, t in named if not bool(torch.isfinite(t).all())]
-
-
-def _changed_base(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
-    """Weights that a foreign file carries along and that are not this base's own."""
-    problems: list[str] = []
-    for name, weight in adapter.base_weights.items():
-        own = modules[name].get_parameter("weight") if name in modules else None
-        if own is not None and own.is_meta:
-            continue
-        if own is None or own.shape != weight.shape:
-            problems.append(f"extra: {name}.base_layer.weight: does not fit the base")
-        elif not torch.allclose(own.detach().float().cpu(), weight.float(), rtol=2**-7, atol=1e-6):
-            problems.append(f"extra: {name}.base_layer.weight: the file carries a changed weight")
-    return problems
-
-
-def _missing(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
-    """Layers that the adapter says it adapts, and for which it brings nothing."""
-    if not adapter.target_modules:
-        return []
-    present = set(adapter.modules())
-    beside = {name.rpartition(".")[0] for name in adapter.overrides}
-    missing: list[str] = []
-    for name, module in modules.items():
-        wanted = any(matches(target, name) for target in adapter.target_modules)
-        if not wanted or name in present or kind_of(module) is None:
-            continue
-        if not any(name == b or name.startswith(b + ".") for b in beside):
-            missing.append(f"missing: {name}: targeted, but the file has no tensors for it")
-    return missing
 
 
 def _check_base(model: nn.Module, adapter: Adapter) -> None:

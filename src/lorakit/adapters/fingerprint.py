@@ -57,6 +57,8 @@ class Fingerprint:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Fingerprint:
         """Read plain values; a missing key is a KeyError."""
+        if not isinstance(values["samples"], str):
+            raise ValueError("samples must be text")
         return cls(
             sha256=str(values["sha256"]),
             layout_sha256=str(values["layout_sha256"]),

@@ -63,12 +63,15 @@ def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merg
     record = attachments_of(model)
     base = fingerprint(model, left_out=whole_modules(plan)).to_json()
     untied = tuple(_shared_with_others(model, name))
+    if not keep:
+        # Nothing could be put back: look at every value before the first one is written.
+        for where, _, value in _merged_values(model, name):
+            _require_finite(where, value)
     written: list[tuple[BaseWeight, object]] = []
     kept_bytes = num_weights = 0
     try:
         for where, weight, value in _merged_values(model, name):
-            if not bool(torch.isfinite(value).all()):
-                raise MergeError("a merged weight is not finite", where=where)
+            _require_finite(where, value)
             if keep:
                 kept_bytes += weight.kept_bytes()
                 written.append((weight, weight.keep()))
@@ -130,13 +133,24 @@ def _merged_values(model: nn.Module, name: str) -> Iterator[tuple[str, BaseWeigh
         weight = DenseWeight(layer.base)
         yield layer.name, weight, merged_weight(weight.read(), layer.delta(name))
         if branch.bias is not None:
-            yield f"{layer.name}.bias", DenseWeight(layer.base, "bias"), branch.bias.detach()
+            bias = DenseWeight(layer.base, "bias")
+            yield f"{layer.name}.bias", bias, branch.bias.detach().to(bias.read().dtype)
     for module in overridden_modules(model):
         override = module.override_of(name)
         if override is not None:
             for parameter, value in override.tensors().items():
                 where = f"{module.name}.{parameter}"
-                yield where, DenseWeight(module.base, parameter), value.detach()
+                target = DenseWeight(module.base, parameter)
+                yield where, target, value.detach().to(target.read().dtype)
+
+
+def _require_finite(where: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise MergeError(
+            "a merged weight is not finite",
+            where=where,
+            remedy="check the adapter with `lorakit inspect`, or merge into a wider dtype",
+        )
 
 
 def _restore(written: list[tuple[BaseWeight, object]]) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
@@ -139,7 +140,13 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     modules = base_modules(model)
     beside = _also_train(spec, modules, {site.module for site in sites})
     biases = _other_biases(spec, modules, sites, beside)
-    notes = [*_rank_notes(sites), *_tie_notes(modules, sites, beside)]
+    changed = [site.module for site in (*sites, *beside)]
+    targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    notes = [
+        *rank_notes(sites),
+        *tie_notes(modules, changed),
+        *expert_notes(modules, targets),
+    ]
     for note in notes:
         warnings.warn(note, LorakitWarning, stacklevel=2)
     return AdapterPlan(
@@ -260,33 +267,3 @@ def _other_biases(
 
 def _bias_size(module: nn.Module) -> int:
     return module.get_parameter("bias").numel()
-
-
-def _rank_notes(sites: Iterable[Site]) -> list[str]:
-    too_high = [s for s in sites if s.r > min(s.shape[0], math.prod(s.shape[1:]))]
-    if not too_high:
-        return []
-    first = too_high[0]
-    return [
-        f"the rank exceeds the size of {len(too_high)} matrices, first {first.name}: r={first.r} "
-        f"on {first.shape[0]} x {math.prod(first.shape[1:])}; a smaller rank loses nothing"
-    ]
-
-
-def _tie_notes(
-    modules: Mapping[str, nn.Module], sites: Iterable[Site], beside: Iterable[OverrideSite]
-) -> list[str]:
-    """Say which adapted weights are shared, and that merging will untie them."""
-    owners: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter_name == "weight":
-                owners.setdefault(id(parameter), []).append(name)
-    tied = {name: names for names in owners.values() if len(names) > 1 for name in names}
-    changed = [site.module for site in sites] + [site.module for site in beside]
-    return [
-        f"{name} shares its weight with {', '.join(n for n in tied[name] if n != name)}: the "
-        f"adapter changes {name} only, and a merge gives it a weight of its own"
-        for name in dict.fromkeys(changed)
-        if name in tied
-    ]

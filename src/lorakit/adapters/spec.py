@@ -49,7 +49,7 @@ class LoraSpec:
         default="gaussian",
         metadata={
             "help": "how A starts: gaussian, N(0, 1/in), or kaiming, U(-1/sqrt(in), 1/sqrt(in)) "
-            "as loralib and PEFT do; B starts at zero"
+            "as loralib and PEFT do; B starts at zero (for embeddings A does)"
         },
     )
     bias: Bias = field(
@@ -74,8 +74,17 @@ class LoraSpec:
         self._check_numbers()
 
     def _check_names(self) -> None:
+        if not isinstance(self.also_train, tuple) or not all(
+            isinstance(name, str) and name for name in self.also_train
+        ):
+            raise SpecError(
+                "also_train must be a list of names",
+                where="also_train",
+                found=repr(self.also_train),
+            )
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
-        if not targets or not all(isinstance(t, str) and t for t in targets):
+        named = isinstance(targets, tuple) and all(isinstance(t, str) and t for t in targets)
+        if not targets or not named:
             raise SpecError(
                 "targets must name something",
                 where="targets",
@@ -105,6 +114,14 @@ class LoraSpec:
                 expected="0 <= dropout < 1",
                 found=repr(self.dropout),
             )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise SpecError(
+                    f"{name} must map names to numbers",
+                    where=name,
+                    expected="{name or expression: number}",
+                    found=repr(getattr(self, name)),
+                )
         for key, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():

@@ -18,6 +18,7 @@ from lorakit.report.numbers import (
     format_number,
     format_share,
 )
+from lorakit.train.share import trained_share
 
 SUMMARY = "teach a small real model a task and prove it, in minutes"
 
@@ -107,9 +108,9 @@ def _rows(rows: list[list[Any]] | None) -> str:
 
 
 def _cost(result: dict[str, Any]) -> dict[str, object]:
-    share = format_share(result["trainable_params"] / result["total_params"])
+    share = format_share(trained_share(result["trainable_params"], result["total_params"]))
     return {
-        "trained": f"{format_count(result['trainable_params'])} parameters, {share} of the model",
+        "trained": f"{format_count(result['trainable_params'])} parameters, {share} of all",
         "adapter": f"{format_bytes(result['adapter_bytes'])} "
         f"(model: {format_bytes(result['model_bytes'])})",
         "training": f"{format_count(result['training_examples'])} examples in "

@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from rich.panel import Panel
 from rich.text import Text
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lorakit.adapters.plan import AdapterPlan
 from lorakit.cli import console
+from lorakit.data.builder import Examples, LossMaskError
 from lorakit.data.encode import IGNORED, Example
 from lorakit.data.preview import (
-    AdapterSummary,
     Finding,
-    adapter_finding,
     count_facts,
     data_findings,
     duplicate_finding,
     token_view,
 )
+from lorakit.data.rows import Rows
 from lorakit.errors import RequestError
+from lorakit.models.load import load_tokenizer
+from lorakit.report.numbers import format_bytes, format_count, format_share
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.prepare import Preparation, prepare
+from lorakit.train.share import trained_share
 
 SUMMARY = "show what a config would train on, before it trains"
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "error": ("error", "red")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What is shown.
+
+    Attributes:
+        rows: the training rows, or the validation rows if those are what cannot be used.
+        examples: what became of them.
+        tokenizer: of the base.
+        findings: everything that was checked.
+        prepared: the run; None if it would be refused.
+    """
+
+    rows: Rows
+    examples: Examples
+    tokenizer: PreTrainedTokenizerBase
+    findings: list[Finding]
+    prepared: Preparation | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +71,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the run without loading a weight, and print what was found."""
+    """Prepare the run without loading a weight, and print what was found.
+
+    Returns:
+        1 if a finding is an error: the run would be refused; else 0.
+    """
     config = read_config(args)
-    prepared = prepare(config)
-    findings = all_findings(config, prepared)
-    shown = list(prepared.data.train[: max(0, args.examples)])
+    try:
+        seen = _look(config, prepare(config))
+    except LossMaskError as error:
+        seen = _look_at_failure(config, error)
+    shown = list(seen.examples[: max(0, args.examples)])
     if args.json:
-        console.print_json(_record(config, prepared, findings, shown))
+        console.print_json(_record(config, seen, shown))
     else:
-        _show(config, prepared, findings, shown, args.max_tokens)
-    return int(any(finding.level == "error" for finding in findings))
+        _show(config, seen, shown, args.max_tokens)
+    return int(any(finding.level == "error" for finding in seen.findings))
+
+
+def _look(config: TrainConfig, prepared: Preparation) -> _Seen:
+    return _Seen(
+        rows=prepared.data.train_rows,
+        examples=prepared.data.train,
+        tokenizer=prepared.tokenizer,
+        findings=all_findings(config, prepared),
+        prepared=prepared,
+    )
+
+
+def _look_at_failure(config: TrainConfig, error: LossMaskError) -> _Seen:
+    """What can be shown of rows that cannot be trained on."""
+    if error.rows is None or error.examples is None:
+        raise error
+    tokenizer = load_tokenizer(config.model.ref)
+    text = f"{error.what} ({error.where}: {error.found})"
+    found = Finding(level="error", text=text, remedy=error.remedy or "")
+    others = data_findings(error.examples.report, tokenizer, config.data)
+    return _Seen(
+        rows=error.rows, examples=error.examples, tokenizer=tokenizer, findings=[found, *others]
+    )
 
 
 def read_config(args: argparse.Namespace) -> TrainConfig:
@@ -88,38 +142,40 @@ def all_findings(config: TrainConfig, prepared: Preparation) -> list[Finding]:
     findings = data_findings(data.train.report, prepared.tokenizer, config.data)
     if data.validation_rows is not None:
         findings.append(duplicate_finding(data.train_rows, data.validation_rows))
-    summary = AdapterSummary(
-        num_sites=len(plan.sites),
-        num_params=plan.num_params(),
-        num_base_params=prepared.num_base_params,
-        notes=plan.notes,
+    return [*findings, adapter_finding(plan, prepared.num_base_params)]
+
+
+def adapter_finding(plan: AdapterPlan, num_base: int) -> Finding:
+    """The planned adapter in one line, beside a base of `num_base` parameters."""
+    num_params = plan.num_params()
+    text = (
+        f"the targets match {len(plan.sites):,} places: {format_count(num_params)} parameters "
+        f"beside {format_count(num_base)} ({format_share(trained_share(num_params, num_base))} "
+        "of all)"
     )
-    return [*findings, adapter_finding(summary)]
+    if plan.notes:
+        return Finding(level="warning", text=f"{text}; {'; '.join(plan.notes)}")
+    return Finding(level="ok", text=text)
 
 
-def _show(
-    config: TrainConfig,
-    prepared: Preparation,
-    findings: list[Finding],
-    shown: list[Example],
-    max_tokens: int,
-) -> None:
+def _show(config: TrainConfig, seen: _Seen, shown: list[Example], max_tokens: int) -> None:
     screen = console.stdout()
-    rows = prepared.data.train_rows
-    console.print_facts(f"{config.data.train} for {config.model.ref}", _facts(prepared))
+    console.print_facts(f"{seen.rows.source} for {config.model.ref}", _facts(seen))
     screen.print()
     learned = "learned" if screen.is_terminal else "[[learned]]"
     screen.print(Text.assemble((learned, "green"), "   ", ("context, not learned", "dim")))
     for example in shown:
         view = token_view(
             example,
-            prepared.tokenizer,
+            seen.tokenizer,
             max_tokens=max_tokens,
             brackets=not screen.is_terminal,
         )
-        title = f"{rows.origin(example.row)}: {len(example)} tokens, {example.num_learned} learned"
+        title = (
+            f"{seen.rows.origin(example.row)}: {len(example)} tokens, {example.num_learned} learned"
+        )
         screen.print(Panel(view, title=Text(title), title_align="left", border_style="dim"))
-    for finding in findings:
+    for finding in seen.findings:
         mark, style = _MARKS[finding.level]
         line = Text.assemble((f"{mark:<8}", style), finding.text)
         screen.print(line, highlight=False)
@@ -127,40 +183,49 @@ def _show(
             screen.print(Text(f"        {finding.remedy}", style="dim"), highlight=False)
 
 
-def _facts(prepared: Preparation) -> dict[str, str]:
-    free = f"{prepared.free_bytes / 1e9:.1f} GB free"
-    return count_facts(prepared.data.train.report) | {
+def _facts(seen: _Seen) -> dict[str, str]:
+    facts, prepared = count_facts(seen.examples.report), seen.prepared
+    if prepared is None:
+        return facts
+    free = f"{format_bytes(prepared.free_bytes)} free"
+    return facts | {
         "optimizer steps": f"{prepared.max_steps:,}",
         "memory": f"{prepared.memory}, {free}",
     }
 
 
-def _record(
-    config: TrainConfig, prepared: Preparation, findings: list[Finding], shown: list[Example]
-) -> dict[str, Any]:
-    plan, data = prepared.plan, prepared.data
+def _record(config: TrainConfig, seen: _Seen, shown: list[Example]) -> dict[str, Any]:
+    decode = seen.tokenizer.decode
     return {
         "model": config.model.ref,
-        "data": data.train_rows.to_json(),
-        "report": data.train.report.to_json(),
-        "adapter": {
-            "num_sites": len(plan.sites),
-            "num_params": plan.num_params(),
-            "num_base_params": prepared.num_base_params,
-            "sites": [site.name for site in plan.sites],
-        },
-        "max_steps": prepared.max_steps,
-        "findings": [finding.to_json() for finding in findings],
+        "data": seen.rows.to_json(),
+        "report": seen.examples.report.to_json(),
+        **_plan_record(seen.prepared),
+        "findings": [finding.to_json() for finding in seen.findings],
         "examples": [
             {
-                "origin": data.train_rows.origin(example.row),
-                "text": str(prepared.tokenizer.decode(example.input_ids)),
-                "learned": str(
-                    prepared.tokenizer.decode([i for i in example.labels if i != IGNORED])
-                ),
+                "origin": seen.rows.origin(example.row),
+                "text": str(decode(example.input_ids)),
+                "learned": str(decode([i for i in example.labels if i != IGNORED])),
                 "num_tokens": len(example),
                 "num_learned": example.num_learned,
             }
             for example in shown
         ],
+    }
+
+
+def _plan_record(prepared: Preparation | None) -> dict[str, Any]:
+    if prepared is None:
+        return {"adapter": None, "max_steps": None}
+    plan = prepared.plan
+    return {
+        "adapter": {
+            "num_sites": len(plan.sites),
+            "num_params": plan.num_params(),
+            "num_base_params": prepared.num_base_params,
+            "trainable_share": trained_share(plan.num_params(), prepared.num_base_params),
+            "sites": [site.name for site in plan.sites],
+        },
+        "max_steps": prepared.max_steps,
     }

@@ -7,9 +7,8 @@ from typing import Any
 
 from lorakit.cli import console
 from lorakit.cli.session import add_model_arguments, open_session
-from lorakit.data.options import SftOptions
+from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.sources import load_rows
-from lorakit.errors import RequestError
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import write_json
@@ -25,21 +24,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lorakit eval`."""
     parser.add_argument("data", help="a data file, a directory, or a hub id")
     add_model_arguments(parser)
-    parser.add_argument("--split", help="which split of a directory or a hub data set")
     parser.add_argument(
         "--metrics",
         default="perplexity,exact_match,token_f1",
         metavar="A,B,...",
         help=f"what to measure: {', '.join(METRICS)} (default: %(default)s)",
     )
+    add_row_arguments(parser)
     parser.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="ROLE=NAME",
-        help="which column plays which role, as in --column prompt=question; may be repeated",
+        "--template",
+        choices=["auto", "chat", "none"],
+        help="chat: the chat template; none: prompt and completion as they are; by default as the "
+        "adapter was trained, else auto",
     )
-    parser.add_argument("--system", help="a system turn for rows that have none")
+    parser.add_argument(
+        "--group-by-prompt",
+        action=argparse.BooleanOptionalAction,
+        help="rows with the same prompt are one question with several references (default: only "
+        "if bleu or rouge_l is measured)",
+    )
+    parser.add_argument(
+        "--choice-normalisation",
+        choices=["none", "tokens"],
+        default="none",
+        help="tokens: compare choices by their likelihood per token (default: %(default)s)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
@@ -51,13 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the comparison; returns the exit code."""
+    sft = sft_options(args, template=args.template)
     options = EvalOptions(
         metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         limit=args.limit,
         seed=args.seed,
-        sft=SftOptions(columns=_columns(args.column), system=args.system),
+        group_by_prompt=args.group_by_prompt,
+        choice_normalisation=args.choice_normalisation,
+        sft=sft,
     )
     rows = load_rows(args.data, split=args.split)
     session = open_session(args)
@@ -68,6 +80,12 @@ def run(args: argparse.Namespace) -> int:
         "model": session.ref,
         "adapter": args.adapter,
         "data": rows.to_json(),
+        "settings": {
+            "columns": dict(sft.columns),
+            "template": sft.template,
+            "template_options": dict(sft.template_options),
+            "system": sft.system,
+        },
         **result.to_json(),
     }
     if args.output:
@@ -77,19 +95,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(result, rows.source)
     return 0
-
-
-def _columns(given: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given]
-    for (role, equals, name), text in zip(pairs, given, strict=True):
-        if not (role and equals and name):
-            raise RequestError(
-                "--column needs a role and a name",
-                where="the command line",
-                expected="ROLE=NAME, as in prompt=question",
-                found=text,
-            )
-    return {role: name for role, _, name in pairs}
 
 
 def _show(result: EvalResult, source: str) -> None:

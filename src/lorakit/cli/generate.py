@@ -11,7 +11,7 @@ from rich.text import Text
 from lorakit.adapters.attach import use
 from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session
-from lorakit.data.options import SftOptions
+from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.rows import Rows
 from lorakit.data.sft import render_prompt
 from lorakit.data.sources import load_rows
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--file", metavar="DATA", help="answer every row of a data file instead")
     parser.add_argument("--limit", type=int, help="only the first rows of the file")
-    parser.add_argument("--system", help="a system turn before the prompt")
+    add_row_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="no chat template: continue the text")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer, and print each answer; returns the exit code."""
     rows = _rows(args)
-    options = SftOptions(system=args.system, template="none" if args.plain else "auto")
+    options = sft_options(args, template="none" if args.plain else None, file=args.file is not None)
     session = open_session(args)
     prompts = [
         render_prompt(row, session.tokenizer, options, where=rows.origin(index))
@@ -48,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     systems = session.systems if args.compare else dict([list(session.systems.items())[-1]])
     started = time.monotonic()
-    answers = {
-        label: _answers(session, adapter, prompts, args) for label, adapter in systems.items()
-    }
+    answers = {label: _answers(session, label, prompts, args) for label in systems}
     seconds = time.monotonic() - started
     if args.json:
         console.print_json(_record(session, rows, answers, seconds))
@@ -67,25 +65,32 @@ def _rows(args: argparse.Namespace) -> Rows:
             expected="PROMPT, or --file DATA",
             found="both" if args.prompt is not None else "neither",
         )
+    if args.file is None and (args.column or args.split is not None):
+        raise RequestError(
+            "--column and --split say how a file is read, and there is none",
+            where="the command line",
+            remedy="give --file DATA, or leave them out",
+        )
     if args.max_new_tokens < 1 or args.batch_size < 1:
         raise RequestError(
             "--max-new-tokens and --batch-size must be at least 1", where="the command line"
         )
     if args.file is not None:
-        return load_rows(args.file, limit=args.limit)
+        return load_rows(args.file, split=args.split, limit=args.limit)
     return load_rows([{"prompt": args.prompt}])
 
 
 def _answers(
-    session: Session, adapter: str | None, prompts: list[list[int]], args: argparse.Namespace
+    session: Session, system: str, prompts: list[list[int]], args: argparse.Namespace
 ) -> list[Answer]:
-    with use(session.model, adapter):
+    with use(session.model, session.systems[system]):
         return generate_answers(
             session.model,
             session.tokenizer,
             prompts,
             max_new_tokens=args.max_new_tokens,
             batch_size=args.batch_size,
+            label=f"answering, {system}",
         )
 
 

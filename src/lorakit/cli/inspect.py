@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.cli import console
 from lorakit.math.svd import effective_rank, product_singular_values
-from lorakit.report.numbers import format_bytes, format_count, format_number
+from lorakit.report.numbers import format_bytes, format_count, format_estimate, format_number
 
 SUMMARY = "look inside an adapter's files"
 
 _NUM_SHOWN = 3
+_HASH_DIGITS = 12
+_VERSIONS = ("lorakit", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,53 @@ def _show(path: str, adapter: Adapter, num_bytes: int) -> None:
     console.print_facts(
         "spec", {key: value for key, value in adapter.spec.to_dict().items() if _is_set(value)}
     )
-    passport = _flat(adapter.passport)
+    passport = passport_facts(adapter.passport)
     console.print_facts("passport", passport or {"": "none: another tool wrote this adapter"})
+    if passport:
+        console.note("the whole passport: --json")
+
+
+def passport_facts(passport: Mapping[str, Any]) -> dict[str, str]:
+    """Where an adapter comes from, in a few lines; what the passport does not say is left out."""
+    base, versions = _section(passport, "base"), _section(passport, "versions")
+    facts = {
+        "base": _joined(base.get("name") or passport.get("model"), _hash(base.get("sha256"))),
+        "architecture": _joined(base.get("architecture")),
+    }
+    for split, found in _section(passport, "data").items():
+        if isinstance(found, Mapping):
+            rows = found.get("num_rows")
+            counted = f"{format_count(rows)} rows" if isinstance(rows, int) else None
+            facts[split] = _joined(found.get("source"), counted, _hash(found.get("sha256")))
+    facts["seed"] = _joined(passport.get("seed"))
+    facts["method"] = _joined(passport.get("method"))
+    facts["versions"] = _joined(
+        *(f"{name} {versions[name]}" for name in _VERSIONS if name in versions)
+    )
+    facts["metrics"] = _joined(*_metrics(_section(passport, "metrics")))
+    return {name: text for name, text in facts.items() if text}
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = values.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _metrics(metrics: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in metrics.items():
+        label = name.replace("_", " ")
+        if isinstance(value, Mapping) and isinstance(value.get("value"), int | float):
+            yield f"{label} {format_estimate(value, share=False)}"
+        elif isinstance(value, int | float):
+            yield f"{label} {format_number(value)}"
+
+
+def _hash(value: object) -> str | None:
+    return f"sha256 {value[:_HASH_DIGITS]}..." if isinstance(value, str) and value else None
+
+
+def _joined(*values: object) -> str:
+    return ", ".join(str(value) for value in values if value is not None)
 
 
 def _show_sites(spectra: list[Spectrum], top: int | None) -> None:
@@ -137,16 +185,3 @@ def _show_sites(spectra: list[Spectrum], top: int | None) -> None:
 
 def _is_set(value: object) -> bool:
     return value not in (None, "", (), [], {})
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, object]:
-    """Nested facts in one level; long texts (the fingerprint's samples) are cut."""
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{name}."))
-        elif _is_set(value):
-            text = str(value)
-            flat[name] = text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
-    return flat

@@ -101,6 +101,29 @@ def _dispatch(words: list[str], as_json: bool) -> int:
 
 
 def _run_verb(name: str, words: list[str], as_json: bool) -> int:
+    parser = build_parser(name)
+    # Intermixed: `train config.yaml lr=1e-3 --resume epochs=2` is natural and must work.
+    args = parser.parse_intermixed_args(words)
+    verb = _module_of(name)
+    with _warnings_in_style(), console.only_json() if as_json else nullcontext():
+        return verb.run(args)
+
+
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    """The parser of one verb, with --json; a wrong command line is a RequestError.
+
+    Raises:
+        RequestError: there is no such verb.
+    """
+    module = _module_of(verb)
+    _, summary = VERBS[verb]
+    parser = _Parser(prog=f"lorakit {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
+    module.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return parser
+
+
+def _module_of(name: str) -> Verb:
     if name not in VERBS:
         close = nearest(name, VERBS)
         raise RequestError(
@@ -109,15 +132,7 @@ def _run_verb(name: str, words: list[str], as_json: bool) -> int:
             expected=", ".join(VERBS),
             remedy=f"did you mean: lorakit {close[0]}" if close else "see: lorakit --help",
         )
-    module_name, summary = VERBS[name]
-    verb = cast(Verb, importlib.import_module(module_name))
-    parser = _Parser(prog=f"lorakit {name}", description=f"{summary[0].upper()}{summary[1:]}.")
-    verb.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
-    # Intermixed: `train config.yaml lr=1e-3 --resume epochs=2` is natural and must work.
-    args = parser.parse_intermixed_args(words)
-    with _warnings_in_style(), console.only_json() if as_json else nullcontext():
-        return verb.run(args)
+    return cast(Verb, importlib.import_module(VERBS[name][0]))
 
 
 @contextmanager

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from dataclasses import replace
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import console
+from lorakit.errors import RequestError
+from lorakit.layers.kinds import Shape
 from lorakit.models.empty import empty_model
 from lorakit.report.numbers import format_bytes, format_count, format_number, format_share
+from lorakit.train.share import trained_share
+
+V = TypeVar("V", int, float)
+
+_SEPARATOR = re.compile(r",(?![^(\[{]*[)\]}])")
 
 SUMMARY = "count the parameters and bytes of an adapter, nothing loaded"
 
@@ -30,21 +37,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, default=default.alpha, help="default: %(default)s")
     parser.add_argument(
         "--targets",
-        default="qv",
+        action="append",
         metavar="A,B,...",
-        help="qv, attention, mlp, all-linear, or names, suffixes and parts (default: qv)",
+        help="qv, attention, mlp, all-linear, or names, suffixes and parts (default: qv); may "
+        "be repeated",
+    )
+    for name in ("rank", "alpha"):
+        parser.add_argument(
+            f"--{name}-pattern",
+            action="append",
+            default=[],
+            metavar="NAME=NUMBER",
+            help=f"another {name} for a name or regular expression; may be repeated",
+        )
+    parser.add_argument(
+        "--also-train",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module that is trained as a whole beside; may be repeated",
     )
     parser.add_argument("--scaling", choices=["alpha/r", "alpha/sqrt(r)"], default=default.scaling)
+    parser.add_argument("--init", choices=["gaussian", "kaiming"], default=default.init)
     parser.add_argument("--bias", choices=["none", "lora_only", "all"], default=default.bias)
     parser.add_argument("--sites", action="store_true", help="list every site")
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan on the meta device and print; returns the exit code."""
-    spec = replace(
-        LoraSpec(r=args.r, alpha=args.alpha, targets=_targets(args.targets)),
+    spec = LoraSpec(
+        r=args.r,
+        alpha=args.alpha,
+        targets=_targets(args.targets or ["qv"]),
         scaling=args.scaling,
+        rank_pattern=_pattern("--rank-pattern", args.rank_pattern, int),
+        alpha_pattern=_pattern("--alpha-pattern", args.alpha_pattern, float),
+        init=args.init,
         bias=args.bias,
+        also_train=tuple(args.also_train),
     )
     model = empty_model(args.model)
     plan = plan_adapter(model, spec)
@@ -56,9 +86,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _targets(text: str) -> str | tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+def _targets(given: list[str]) -> str | tuple[str, ...]:
+    # A comma inside brackets belongs to a regular expression, as in layers\.\d{1,2}.
+    split = [name.strip() for text in given for name in _SEPARATOR.split(text)]
+    names = tuple(name for name in split if name)
     return names[0] if len(names) == 1 else names
+
+
+def _pattern(option: str, given: list[str], number: Callable[[str], V]) -> dict[str, V]:
+    pattern: dict[str, V] = {}
+    for text in given:
+        # From the right: an expression may hold "=", a number cannot.
+        name, _, value = text.rpartition("=")
+        try:
+            pattern[name] = number(value)
+        except ValueError:
+            name = ""
+        if not name:
+            raise RequestError(
+                f"{option} needs a name and a number",
+                where="the command line",
+                expected="NAME=NUMBER, as in down_proj=4",
+                found=text,
+            )
+    return pattern
 
 
 def _record(ref: str, model: nn.Module, plan: AdapterPlan) -> dict[str, Any]:
@@ -70,7 +121,7 @@ def _record(ref: str, model: nn.Module, plan: AdapterPlan) -> dict[str, Any]:
         "spec": plan.spec.to_dict(),
         "base_params": num_base,
         "trainable_params": num_trained,
-        "trainable_share": num_trained / num_base,
+        "trainable_share": trained_share(num_trained, num_base),
         "adapter_bytes": num_trained * _FLOAT32_BYTES,
         "base_float32_bytes": num_base * _FLOAT32_BYTES,
         "training_bytes": num_base * _FLOAT32_BYTES + num_trained * _ADAMW_BYTES,
@@ -96,7 +147,7 @@ def _show(record: dict[str, Any], plan: AdapterPlan, every_site: bool) -> None:
         {
             "base": f"{format_count(record['base_params'])} parameters, "
             f"{format_bytes(record['base_float32_bytes'])} in float32",
-            "adapter": f"{format_count(record['trainable_params'])} parameters ({share}), "
+            "adapter": f"{format_count(record['trainable_params'])} parameters ({share} of all), "
             f"{format_bytes(record['adapter_bytes'])}",
             "training": f"{format_bytes(record['training_bytes'])} for float32 weights, "
             "gradients and AdamW, without activations",
@@ -104,15 +155,19 @@ def _show(record: dict[str, Any], plan: AdapterPlan, every_site: bool) -> None:
     )
     columns = ["sites", "of", "out x in", "r", "scaling", "parameters"]
     table = console.table(f"{len(plan.sites)} sites", columns, numbers=columns[1:])
-    groups = Counter(
-        (site.name if every_site else _last_names(site.name), site.shape, site.r, site.scaling)
-        for site in plan.sites
-    )
-    params = {site.shape: site.num_params() for site in plan.sites}
-    for (name, shape, r, scaling), count in groups.items():
+    groups: dict[tuple[str, Shape, int, float], list[int]] = {}
+    for site in plan.sites:
+        name = site.name if every_site else _last_names(site.name)
+        key = (name, site.shape, site.r, site.scaling)
+        groups.setdefault(key, []).append(site.num_params())
+    for (name, shape, r, scaling), params in groups.items():
         size = " x ".join(map(str, shape))
-        num_params = format_count(count * params[shape]) if not plan.spec.rank_pattern else ""
-        table.add_row(name, str(count), size, str(r), format_number(float(scaling)), num_params)
+        counts = (str(len(params)), size, str(r), format_number(float(scaling)))
+        table.add_row(name, *counts, format_count(sum(params)))
+    for beside in plan.overrides:
+        table.add_row(
+            f"{beside.module}, trained whole", "1", "", "", "", format_count(beside.num_params())
+        )
     console.stdout().print(table)
 
 

@@ -42,6 +42,18 @@ class Examples(Sequence[Example]):
         return [len(example) for example in self._examples]
 
 
+class LossMaskError(DataError):
+    """Nothing is learned, or no answer's end is.
+
+    Attributes:
+        rows: what was read.
+        examples: what was made of them all the same, to be looked at; None after a pickle.
+    """
+
+    rows: Rows | None = None
+    examples: Examples | None = None
+
+
 class ExampleBuilder:
     """Collects the examples of one data set chunk by chunk, and counts.
 
@@ -130,13 +142,21 @@ class ExampleBuilder:
         """The examples with their report.
 
         Raises:
-            DataError: nothing is learned, or no answer's end is.
+            LossMaskError: nothing is learned, or no answer's end is.
         """
+        examples = Examples(self._examples, self._report())
+        problem = self._problem()
+        if problem is not None:
+            problem.rows, problem.examples = self._rows, examples
+            raise problem
+        return examples
+
+    def _problem(self) -> LossMaskError | None:
         if not self._examples:
-            raise self._all_masked()
+            return self._all_masked()
         ends_matter = self._format != "text" and self._options.add_eos
         if ends_matter and not self._count["ends"]:
-            raise DataError(
+            return LossMaskError(
                 "the end of an answer is never learned, so the model would never stop",
                 where=self._rows.source,
                 expected="an end marker or EOS inside the loss in at least one row",
@@ -144,7 +164,7 @@ class ExampleBuilder:
                 f"max_length {self._options.max_length}",
                 remedy="raise max_length, or set on_too_long: drop; add_eos: false if it is meant",
             )
-        return Examples(self._examples, self._report())
+        return None
 
     def _report(self) -> SftReport:
         eos = eos_id(self._tokenizer)
@@ -166,7 +186,7 @@ class ExampleBuilder:
             num_nothing_learned=count["nothing"],
             num_empty_answers=count["empty_answers"],
             num_rows_split=count["split"],
-            longest=max(map(len, examples)),
+            longest=max(map(len, examples), default=0),
             end_token=end,
             eos_token=None if eos is None else token_text(self._tokenizer, eos),
             answer_lead=self._lead or "",
@@ -174,13 +194,13 @@ class ExampleBuilder:
             template_sha256=template_hash(self._tokenizer),
         )
 
-    def _all_masked(self) -> DataError:
+    def _all_masked(self) -> LossMaskError:
         limit = self._options.max_length
         reasons = [
             f"{self._count['nothing']} rows without a learned token",
             f"{self._count['cut']} cut and {self._count['dropped']} dropped at max_length {limit}",
         ]
-        return DataError(
+        return LossMaskError(
             "all labels are masked: no row has a token to learn",
             where=self._rows.source,
             expected="answers (assistant turns, completions) within max_length",

@@ -39,23 +39,6 @@ class Finding:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterSummary:
-    """What the findings say about the planned adapter.
-
-    Args:
-        num_sites: places that get an update.
-        num_params: parameters that are trained.
-        num_base_params: parameters of the base.
-        notes: the plan's own notes.
-    """
-
-    num_sites: int
-    num_params: int
-    num_base_params: int
-    notes: tuple[str, ...] = ()
-
-
 def token_view(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
@@ -104,8 +87,9 @@ def _runs(
 
 def count_facts(report: SftReport) -> dict[str, str]:
     """The counts in words, name to value, in reading order."""
-    share = report.num_learned_tokens / report.num_tokens
-    mean = report.num_tokens / report.num_examples
+    # No example is left where every row was dropped or has nothing to learn.
+    share = report.num_learned_tokens / max(report.num_tokens, 1)
+    mean = report.num_tokens / max(report.num_examples, 1)
     facts = {
         "format": report.format,
         "rendered with": "the chat template" if report.template == "chat" else "plain text",
@@ -131,7 +115,7 @@ def data_findings(
 ) -> list[Finding]:
     """What the examples, the tokenizer and the template say about training."""
     return [
-        _ends(report),
+        *_ends(report),
         *_end_marker(report),
         *_pad(tokenizer),
         *_cut(report, options),
@@ -140,16 +124,19 @@ def data_findings(
     ]
 
 
-def _ends(report: SftReport) -> Finding:
+def _ends(report: SftReport) -> list[Finding]:
     learned, total = report.num_ends_learned, report.num_examples
+    if not total:
+        return []
     if learned == total:
-        return Finding(level="ok", text=f"the end of every answer is learned ({report.end_token})")
+        text = f"the end of every answer is learned ({report.end_token})"
+        return [Finding(level="ok", text=text)]
     text = f"the end of the answer is learned in {learned:,} of {total:,} examples"
     if learned == 0:
         remedy = "set add_eos: true, or the model may never stop"
     else:
         remedy = "raise max_length, or leave the others out: on_too_long: drop"
-    return Finding(level="warning", text=text, remedy=remedy)
+    return [Finding(level="warning", text=text, remedy=remedy)]
 
 
 def _end_marker(report: SftReport) -> list[Finding]:
@@ -185,7 +172,7 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
 
 
 def _cut(report: SftReport, options: SftOptions) -> list[Finding]:
-    share = report.num_cut / report.num_examples
+    share = report.num_cut / max(report.num_examples, 1)
     if not report.num_cut and not report.num_dropped:
         return []
     verb, count = ("cut", report.num_cut) if report.num_cut else ("left out", report.num_dropped)
@@ -262,15 +249,3 @@ def duplicate_finding(train: Rows, validation: Rows) -> Finding:
         text=f"{count:,} of {len(validation):,} validation rows are also training rows",
         remedy="remove them from one side: the validation loss would be too good",
     )
-
-
-def adapter_finding(summary: AdapterSummary) -> Finding:
-    """The planned adapter in one line."""
-    share = summary.num_params / summary.num_base_params
-    text = (
-        f"the targets match {summary.num_sites:,} places: {summary.num_params:,} parameters "
-        f"({share:.3%} of {summary.num_base_params:,})"
-    )
-    if summary.notes:
-        return Finding(level="warning", text=f"{text}; {'; '.join(summary.notes)}")
-    return Finding(level="ok", text=text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.data.sources import load_rows
 from lorakit.demo.task import DemoTask
-from lorakit.environment import hardware, peak_memory_bytes, versions
+from lorakit.environment import hardware, peak_memory_bytes, supports_bf16, versions
 from lorakit.errors import OutputError
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.run import EvalResult, ScoredAnswer, evaluate
@@ -67,7 +67,9 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
     task, output = request.task, request.output
     _make_room(output)
     _write_data(task, output / "data")
-    say(f"{len(task.train)} rows to learn from, {len(task.held_out)} held out: {task.split}")
+    num_learned = sum(m["role"] == "assistant" for row in task.train for m in row["messages"])
+    say(f"{num_learned} answers to learn from, {len(task.held_out)} questions held out")
+    say(f"held out: {task.split}; arithmetic: {_dtype() or 'float32'}")
     before = _measure(task, output, {"base": None}, few_shot=False)
     few_shot = _measure(task, output, {"base": None}, few_shot=True)
     trained = train(_config(request), say=say)
@@ -92,6 +94,7 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
         "merge": _plain(certificate),
         "samples": _samples(task, output, before, after),
         **_training_facts(trained.record),
+        "arithmetic": _dtype() or "float32",
         "evaluation_tokens_per_s": after.systems["adapter"].tokens_per_s,
         "peak_memory_bytes": peak_memory_bytes(),
         "seconds": round(time.monotonic() - started, 1),
@@ -128,7 +131,7 @@ def _write_data(task: DemoTask, directory: Path) -> None:
 def _config(request: DemoRequest) -> TrainConfig:
     return TrainConfig.from_dict(
         {
-            "model": MODEL,
+            "model": {"ref": MODEL, "dtype": _dtype()},
             "data": {"train": str(request.output / "data" / "train.jsonl")},
             "lora": dict(request.task.lora),
             "train": dict(request.task.training),
@@ -138,10 +141,15 @@ def _config(request: DemoRequest) -> TrainConfig:
     )
 
 
+def _dtype() -> str | None:
+    """Bfloat16 where the processor multiplies it in hardware, for training and measuring alike."""
+    return "bfloat16" if supports_bf16() else None
+
+
 def _measure(
     task: DemoTask, output: Path, systems: Mapping[str, str | None], *, few_shot: bool
 ) -> EvalResult:
-    model, tokenizer = load_model(MODEL, dtype=task.evaluation_dtype)
+    model, tokenizer = load_model(MODEL, dtype=_dtype())
     for adapter in systems.values():
         if adapter is not None:
             load_adapter(model, output / "adapter", name=adapter)

@@ -31,7 +31,6 @@ class DemoTask:
         training: its `train` section.
         max_new_tokens: the longest answer, in tokens.
         batch_size: rows answered together.
-        evaluation_dtype: the dtype the base is measured in; None for the default.
         write_databases: writes the databases that the rows name into a directory.
     """
 
@@ -47,7 +46,6 @@ class DemoTask:
     training: Mapping[str, Any]
     max_new_tokens: int
     batch_size: int = 32
-    evaluation_dtype: str | None = None
     write_databases: Callable[[Path], None] = field(default=_no_databases)
 
     def with_examples(self, row: Row) -> Row:

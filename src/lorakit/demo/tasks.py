@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.demo.database import write_database
-from lorakit.demo.questions import make_questions
+from lorakit.demo.questions import Question, make_questions
 from lorakit.demo.reviews import LABELS, reviews
 from lorakit.demo.task import DemoTask
 from lorakit.errors import RequestError, nearest
 
-# Found by trying ranks 8 and 16, rates 5e-4 to 2e-3 and 800 to 3,200 questions on the validation
-# databases; the held-out ones were not looked at.
+# Found on the validation databases, never on the held-out ones: 1,200 questions asked one by one
+# gave 69 %, 1,900 in conversations of four 82 %, for about the same number of tokens.
 _SQL_LORA: dict[str, Any] = {"r": 16, "alpha": 32, "targets": "all-linear", "init": "kaiming"}
 _SQL_TRAINING: dict[str, Any] = {
     "epochs": 1,
-    "batch_size": 8,
-    "lr": 1.5e-3,
+    "batch_size": 4,
+    "lr": 2e-3,
     "schedule": "cosine",
     "warmup_steps": 15,
 }
-_NUM_SQL_TRAIN = 1600
+_NUM_SQL_TRAIN = 1900
+_QUESTIONS_PER_CONVERSATION = 4
 _NUM_SQL_HELD_OUT = 160
 
 _REVIEWS_LORA: dict[str, Any] = {"r": 8, "alpha": 16, "targets": "all-linear", "init": "kaiming"}
@@ -52,7 +53,7 @@ def sql_task(seed: int) -> DemoTask:
         f"{len({q.domain for q in train})} databases and asked about {len(names)} it has never "
         "seen; every query is executed in SQLite.",
         split=f"schemas absent from training ({', '.join(names)})",
-        train=[question.to_row() for question in train],
+        train=conversations(train),
         held_out=[question.to_row() for question in held_out],
         few_shot=[question.to_row() for question in shown],
         metrics={"execution_accuracy": "sql_execution", "exact_match": "exact_match"},
@@ -61,6 +62,27 @@ def sql_task(seed: int) -> DemoTask:
         max_new_tokens=64,
         write_databases=partial(_write_databases, names),
     )
+
+
+def conversations(questions: list[Question]) -> list[dict[str, Any]]:
+    """Questions about one database asked one after the other: its schema is read once for all.
+
+    What is learned per token of input more than doubles, and that is what training time is spent
+    on. Held-out questions are still asked one by one.
+    """
+    by_domain: dict[str, list[Question]] = {}
+    for question in questions:
+        by_domain.setdefault(question.domain, []).append(question)
+    rows: list[dict[str, Any]] = []
+    for group in by_domain.values():
+        for start in range(0, len(group), _QUESTIONS_PER_CONVERSATION):
+            first, *others = group[start : start + _QUESTIONS_PER_CONVERSATION]
+            messages = list(first.to_row()["messages"])
+            for question in others:
+                messages.append({"role": "user", "content": question.question})
+                messages.append({"role": "assistant", "content": question.sql})
+            rows.append({"messages": messages})
+    return rows
 
 
 def reviews_task(seed: int) -> DemoTask:

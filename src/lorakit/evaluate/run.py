@@ -21,6 +21,7 @@ from lorakit.evaluate.likelihood import answer_nll, best_choices, perplexity_of
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.scoring import SCORERS
 from lorakit.evaluate.tasks import Choices, Question, build_choices, build_questions
+from lorakit.models.label_head import require_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +172,13 @@ def evaluate(
 
     Raises:
         DataError: no rows, a row that lacks what a metric needs, a prompt that does not fit.
+        ModelError: the model has no language-modelling head, which every metric needs.
         StateError: an adapter that is not attached.
     """
     systems = {"base": None} if systems is None else systems
     if not systems:
         raise DataError("there is no system to evaluate", expected="at least one")
+    require_head(model)
     for adapter in systems.values():
         with use(model, adapter):  # refuses an unknown name now, not after the others have run
             pass

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.fingerprint import Fingerprint
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError, SpecError
 from lorakit.files import write_json
@@ -76,7 +77,10 @@ def read_passport(
             record = _record(values)
             records.setdefault(record.module, []).append(record)
         spec = LoraSpec.from_dict(document["spec"])
-    except (KeyError, TypeError, ValueError) as error:
+        facts = {k: v for k, v in document.items() if k not in ("format", "spec", "sites")}
+        if "samples" in facts.get("base", {}):
+            Fingerprint.from_json(facts["base"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, AdapterFileError) and not isinstance(error, SpecError):
             raise
         raise AdapterFileError(
@@ -85,7 +89,6 @@ def read_passport(
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             remedy="delete the file to load the adapter without its passport",
         ) from error
-    facts = {k: v for k, v in document.items() if k not in ("format", "spec", "sites")}
     return facts, records, spec
 
 

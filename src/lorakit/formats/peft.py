@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace as replaced
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lorakit.formats.peft_config import (
     read_config,
     spec_from_config,
 )
+from lorakit.math.scaling import Scaling, alpha_for
 
 TENSORS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -90,8 +92,8 @@ def load_adapter(
         BaseMismatchError: the passport names another base.
         StateError: the name is taken or cannot be one.
     """
-    adapter = read_adapter(Path(path))
-    bind_adapter(model, adapter, name, any_base=any_base)
+    adapter, problems = _read(Path(path))
+    bind_adapter(model, adapter, name, any_base=any_base, problems=problems)
     return adapter
 
 
@@ -122,7 +124,11 @@ def _stack(parts: list[Factors]) -> tuple[Tensor, Tensor, float]:
     if len(parts) == 1 and parts[0].rows is None:
         return parts[0].A, parts[0].B, parts[0].scaling
     scaling = parts[0].scaling
-    blocks = [(p.rows.spread(p.B.T).T if p.rows else p.B) * (p.scaling / scaling) for p in parts]
+    blocks = [
+        (p.rows.spread(p.B.T).T if p.rows else p.B)
+        * (1.0 if p.scaling == scaling else p.scaling / scaling)
+        for p in parts
+    ]
     return torch.cat([p.A for p in parts]), torch.cat(blocks, dim=1), scaling
 
 
@@ -132,14 +138,28 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         AdapterFileError: see `load_adapter`.
     """
+    adapter, problems = _read(path)
+    if problems:
+        raise AdapterFileError(
+            "the adapter's tensors do not fit together",
+            where=str(path / TENSORS_NAME),
+            found="\n".join(problems[:12]),
+        )
+    return adapter
+
+
+def _read(path: Path) -> tuple[Adapter, list[str]]:
+    """The adapter, and what is wrong with its tensors already without a model."""
     config = read_config(path)
     passport, records, own_spec = read_passport(path)
-    spec = own_spec or spec_from_config(config, path / CONFIG_NAME)
+    # The file's own numbers count for what is computed, so they are checked in any case.
+    stated = spec_from_config(config, path / CONFIG_NAME)
+    spec = own_spec or stated
     tensors = read_tensors(path)
     pairs, biases, overrides = _sort_keys(tensors, path)
     factors: dict[str, Factors] = {}
     problems: list[str] = []
-    for module, pair in pairs.items():
+    for module, pair in _in_order(pairs, records):
         if set(pair) & {"A", "B"} != {"A", "B"}:
             lacking = "B" if "A" in pair else "A"
             problems.append(f"missing: {module}: lora_{lacking}")
@@ -147,17 +167,15 @@ def read_adapter(path: Path) -> Adapter:
         whole = _whole_factors(config, spec, module, pair)
         if isinstance(whole, str):
             problems.append(whole)
+        elif not _fits(records.get(module, []), whole):
+            problems.append(f"misshapen: {module}: not the parts that the passport names")
         else:
-            factors.update(_split(whole, records.get(module, [])))
+            factors.update(_split(whole, records.get(module, []), spec.scaling))
     base_weights = {m: pair["base"] for m, pair in pairs.items() if "base" in pair}
     problems += [f"missing: {m}: targeted, no tensors" for m in records if m not in pairs]
-    if problems or not tensors:
-        raise AdapterFileError(
-            "the adapter's tensors do not fit together" if problems else "the adapter is empty",
-            where=str(path / TENSORS_NAME),
-            found="\n            ".join(problems[:12]) or "no tensors",
-        )
-    return Adapter(
+    if not tensors:
+        raise AdapterFileError("the adapter is empty", where=str(path / TENSORS_NAME))
+    adapter = Adapter(
         spec=spec,
         factors=factors,
         biases=biases,
@@ -167,6 +185,7 @@ def read_adapter(path: Path) -> Adapter:
         target_modules=_targeted(config),
         config=config,
     )
+    return adapter, problems
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -183,7 +202,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         if old.is_file():
             return dict(torch.load(old, map_location="cpu", weights_only=True))
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise AdapterFileError(
             "the adapter's tensors cannot be read: the file is corrupt or truncated",
             where=str(file if file.is_file() else old),
@@ -208,6 +227,8 @@ def _sort_keys(
     refused: list[str] = []
     for key, value in tensors.items():
         name = key.removeprefix(_PREFIX)
+        if ".original_module." in name:
+            continue  # PEFT's copy of the base's own values, beside modules_to_save
         found = _FACTOR.match(name)
         if found:
             letter = found["plain"] or found["embedding"]
@@ -234,6 +255,19 @@ def _sort_keys(
     return pairs, biases, overrides
 
 
+def _in_order(
+    pairs: Pairs, records: Mapping[str, list[SiteRecord]]
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """The model's order where the passport tells it, else the file's with numbers as numbers."""
+    known = {module: i for i, module in enumerate(records)}
+
+    def place(item: tuple[str, dict[str, Tensor]]) -> tuple[int, list[tuple[int, str]]]:
+        parts = [(int(p), "") if p.isdigit() else (-1, p) for p in item[0].split(".")]
+        return known.get(item[0], len(known)), parts
+
+    return sorted(pairs.items(), key=place)
+
+
 def _whole_factors(
     config: Mapping[str, Any], spec: LoraSpec, module: str, pair: Mapping[str, Tensor]
 ) -> Factors | str:
@@ -255,7 +289,18 @@ def _whole_factors(
     return Factors(A=A, B=B, alpha=alpha, scaling=scaling, kind=kind, module=module)
 
 
-def _split(whole: Factors, records: list[SiteRecord]) -> dict[str, Factors]:
+def _fits(records: list[SiteRecord], whole: Factors) -> bool:
+    """Whether the passport's sites can be cut from this update."""
+    if not records or records[0].rows is None:
+        return len(records) <= 1
+    parts = [r.rows for r in records if r.rows is not None]
+    inside = all(p.start >= 0 and 0 < p.length <= p.step - p.start for p in parts)
+    rank = sum(r.r for r in records)
+    whole_rows = {p.whole for p in parts}
+    return inside and rank == whole.r and whole_rows == {whole.B.shape[0]} and whole.B.ndim == 2
+
+
+def _split(whole: Factors, records: list[SiteRecord], rule: Scaling) -> dict[str, Factors]:
     """The parts of a fused projection again, where the passport tells them."""
     if not records:
         return {whole.module: whole}
@@ -268,12 +313,14 @@ def _split(whole: Factors, records: list[SiteRecord]) -> dict[str, Factors]:
         if record.rows is None:
             continue
         columns = whole.B[:, start : start + record.r]
-        B = record.rows.take(columns.T).T * (whole.scaling / record.scaling)
+        # The file has one scaling for all parts, folded into B where they differ: it stays folded,
+        # so that reading and writing again changes no bit.
+        same = record.scaling == whole.scaling
         factors[record.name] = Factors(
             A=whole.A[start : start + record.r],
-            B=B.contiguous(),
-            alpha=record.alpha,
-            scaling=record.scaling,
+            B=record.rows.take(columns.T).T.contiguous(),
+            alpha=record.alpha if same else alpha_for(whole.scaling, record.r, rule),
+            scaling=whole.scaling,
             kind=record.kind,
             module=whole.module,
             rows=record.rows,

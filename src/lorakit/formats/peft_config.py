@@ -66,7 +66,9 @@ def read_config(directory: Path) -> dict[str, Any]:
             found="a file"
             if directory.is_file()
             else ("nothing" if not directory.exists() else "no such file in the directory"),
-            remedy=f"there are adapters in {', '.join(inside[:5])}" if inside else None,
+            remedy=f"there are adapters in {', '.join(str(directory / n) for n in inside[:5])}"
+            if inside
+            else "give the directory that holds it",
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -13,8 +13,8 @@ from lorakit.layers.routing import Routing, row_groups
 
 
 def module_key(name: str) -> str:
-    """An adapter's name as a key of nn.ModuleDict, which forbids dots."""
-    return name.replace(".", "·")
+    """An adapter's name as a key of nn.ModuleDict, which forbids dots and its own attributes."""
+    return "@" + name.replace(".", "·")
 
 
 class Wrapper(nn.Module):
@@ -71,10 +71,10 @@ class AdaptedLayer(Wrapper):
             What the base returns, same shape and dtype.
         """
         active = self.routing.active
-        if isinstance(active, tuple):
+        if isinstance(active, tuple) and not self.routing.merged:
             return self._forward_rows(x, active)
         y = self.base(x)
-        if active is None or active in self.routing.merged:
+        if active is None or isinstance(active, tuple) or active in self.routing.merged:
             return y
         branch = self.branch_of(active)
         return y if branch is None else self._add(branch, x, y)

@@ -27,8 +27,12 @@ class Override(nn.Module):
         self._names = {name: module_key(name) for name in values}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameter name inside the module -> the adapter's value."""
+        """Parameter name inside the module -> the adapter's value, as it is stored."""
         return {name: self.values[key] for name, key in self._names.items()}
+
+    def cast_like(self, base: nn.Module) -> dict[str, Tensor]:
+        """The same in the dtypes of the base's parameters, to run in their place."""
+        return {n: v.to(base.get_parameter(n).dtype) for n, v in self.tensors().items()}
 
 
 class OverriddenModule(Wrapper):
@@ -47,14 +51,15 @@ class OverriddenModule(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the base takes and returns."""
         active = self.routing.active
-        if isinstance(active, tuple):
+        merged = self.routing.merged
+        if isinstance(active, tuple) and not merged:
             return self._forward_rows(active, args, kwargs)
         override = None
-        if active is not None and active not in self.routing.merged:
+        if isinstance(active, str) and active not in merged:
             override = self.override_of(active)
         if override is None:
             return self.base(*args, **kwargs)
-        return functional_call(self.base, override.tensors(), args, kwargs)
+        return functional_call(self.base, override.cast_like(self.base), args, kwargs)
 
     def _forward_rows(
         self, rows: tuple[str | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,6 +78,7 @@ class OverriddenModule(Wrapper):
             override = self.override_of(name)
             if override is not None:
                 indices = indices.to(y.device)
-                part = functional_call(self.base, override.tensors(), (x[indices],))
+                values = override.cast_like(self.base)
+                part = functional_call(self.base, values, (x[indices],))
                 y = y.index_copy(0, indices, part)
         return y

@@ -30,7 +30,7 @@ class Routing:
             StateError: a merged adapter cannot be taken out of the batch.
         """
         for name in self.merged:
-            if selection != name:
+            if (set(selection) if isinstance(selection, tuple) else {selection}) != {name}:
                 raise StateError(
                     f"adapter {name!r} is merged into the weights, so it runs for every row",
                     expected=f"use(model, {name!r})",
@@ -38,12 +38,6 @@ class Routing:
                     remedy="call unmerge(model) first",
                 )
         self.active = selection
-
-    def names(self) -> Sequence[str]:
-        """The adapters that run for at least one row, each once, merged ones left out."""
-        if isinstance(self.active, tuple):
-            return list(dict.fromkeys(n for n in self.active if n is not None))
-        return [self.active] if self.active is not None and self.active not in self.merged else []
 
 
 def row_groups(rows: Sequence[str | None], batch: int, where: str) -> dict[str, Tensor]:

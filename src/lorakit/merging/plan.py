@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import ModelError
-from lorakit.models.checkpoint import weight_files
+from lorakit.models.checkpoint import unreadable, weight_files
 from lorakit.models.empty import empty_model
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -156,10 +156,13 @@ def _headers(directory: Path) -> tuple[dict[str, str], dict[str, str]]:
     location: dict[str, str] = {}
     dtypes: dict[str, str] = {}
     for file in weight_files(directory):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                location[name] = file.name
-                dtypes[name] = tensors.get_slice(name).get_dtype()
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    location[name] = file.name
+                    dtypes[name] = tensors.get_slice(name).get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise unreadable(file, error) from error
     return location, dtypes
 
 

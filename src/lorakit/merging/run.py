@@ -30,6 +30,8 @@ CERTIFICATE_NAME = "merge.json"
 # The largest logit error that the stored dtype explains, as a share of the largest logit.
 TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 _MIN_EFFECT_LEFT = 0.1
+# Less of the change than this is left after rounding: the merged model is not the adapter's.
+_MIN_SURVIVAL = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +154,7 @@ def _certificate(
         "max_abs_logit_change": max_abs_difference(live.outputs, proof.base.outputs),
         "max_abs_logit_change_left": max_abs_difference(reread.outputs, proof.base.outputs),
         "stored_dtype": dtype,
+        "survival": _survival(changes),
         "num_probes": len(live.outputs),
         "continuations_equal": same,
         "num_continuations": len(live.continuations),
@@ -160,6 +163,12 @@ def _certificate(
         "untied": bool(plan and plan.untied),
         "by_shard": plan is not None,
     }
+
+
+def _survival(changes: list[StoredChange]) -> float | None:
+    """The share of the whole change that the stored weights keep; None where it is not known."""
+    wanted = sum(c.delta_norm**2 for c in changes)
+    return sum(c.survival * c.delta_norm**2 for c in changes) / wanted if wanted else None
 
 
 def _layer_errors(live: Answers, reread: Answers) -> list[dict[str, Any]]:
@@ -188,6 +197,14 @@ def _require(certificate: dict[str, Any]) -> None:
             remedy="nothing was written; keep the adapter unmerged, or merge into a wider dtype",
         )
     change, left = certificate["max_abs_logit_change"], certificate["max_abs_logit_change_left"]
+    survival = certificate["survival"]
+    if survival is not None and survival < _MIN_SURVIVAL:
+        raise MergeError(
+            "most of the adapter would be lost in the merge",
+            expected=f"at least {_MIN_SURVIVAL:.0%} of the change left after rounding",
+            found=f"{survival:.1%}, stored as {certificate['stored_dtype']}",
+            remedy="keep the adapter unmerged, or merge into a wider dtype",
+        )
     if left < _MIN_EFFECT_LEFT * change:
         raise MergeError(
             "the merged model equals the base: the adapter was lost in the merge",

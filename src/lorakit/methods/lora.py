@@ -73,7 +73,7 @@ class LoraMethod:
         if problems:
             raise AdapterFileError(
                 "the checkpoint does not fit this adapter",
-                found="\n            ".join(problems[:12]),
+                found="\n".join(problems[:12]),
                 remedy="resume with the configuration the checkpoint was made with",
             )
         with torch.no_grad():

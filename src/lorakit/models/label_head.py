@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters.attach import active_adapter
-from lorakit.errors import DataError, LorakitWarning
+from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.layers.adapted import Wrapper
 
 IGNORED = -100
@@ -87,15 +87,18 @@ class LabelHead:
     Args:
         model: a transformers model with a language-modelling head; it is not changed.
         call: what to call in place of `model` when a wrapper must see the call (DDP, FSDP).
+
+    Raises:
+        ModelError: the model has no language-modelling head.
     """
 
     def __init__(self, model: PreTrainedModel, call: Callable[..., Any] | None = None) -> None:
         self._model = model
         self._call: Callable[..., Any] = model if call is None else call
         self._seq2seq = bool(model.config.is_encoder_decoder)
-        self._head: nn.Module | None = model.get_output_embeddings()
-        self._full = self._head is None
-        self._checked = self._full
+        self._head = require_head(model)
+        self._full = False
+        self._checked = False
 
     @property
     def full_forward(self) -> bool:
@@ -163,7 +166,6 @@ class LabelHead:
         return self._call(**inputs, use_cache=False).logits
 
     def _selected(self, batch: Batch, mask: Tensor) -> Tensor | None:
-        assert self._head is not None
         selection = _Selection(mask)
         handle = self._head.register_forward_pre_hook(selection)
         try:
@@ -214,6 +216,25 @@ class LabelHead:
             LorakitWarning,
             stacklevel=4,
         )
+
+
+def require_head(model: PreTrainedModel) -> nn.Module:
+    """The model's language-modelling head; a model on the meta device has one too.
+
+    Raises:
+        ModelError: it has none, so it can neither learn answers nor write or score them.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        name = model.config.name_or_path
+        raise ModelError(
+            "this model has no language-modelling head: it cannot learn, write or score answers",
+            where=f"{name} ({type(model).__name__})" if name else type(model).__name__,
+            expected="a causal or sequence-to-sequence language model, such as "
+            "smollm2-135m-instruct",
+            remedy="take another base; an encoder is adapted from Python, in a loop of your own",
+        )
+    return head
 
 
 def label_nll(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lorakit.adapters.spec import LoraSpec
 from lorakit.data.options import SftOptions
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, LorakitWarning
 from lorakit.train import schema
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.yaml import dump, read_mapping
@@ -18,6 +19,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 DEFAULT_EPOCHS = 3.0
+
+# Values of LoraSpec that are kept for a later version.
+_LATER = {"lora.update": "lora; dora is not in this version"}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -41,7 +45,7 @@ class ModelSection:
         ),
     )
     quantize: Literal["nf4"] | None = field(
-        default=None, metadata=_help("keep the frozen weights in 4 bits")
+        default=None, metadata=_help("keep the frozen weights in 4 bits: not in this version")
     )
 
 
@@ -263,11 +267,15 @@ class TrainConfig:
 
         Paths in the file are relative to the current directory.
 
+        The length of the run, in epochs or in steps, is one thing: an override of one replaces the
+        other.
+
         Raises:
             ConfigError: the file or an override cannot be read, or a key or value is wrong.
             SpecError: a LoraSpec that cannot be.
         """
-        return cls.from_dict(apply_overrides(cls, read_mapping(path), overrides))
+        in_file = read_mapping(path)
+        return cls.from_dict(_one_length(in_file, apply_overrides(cls, in_file, overrides)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` reads them back."""
@@ -280,7 +288,10 @@ class TrainConfig:
     @classmethod
     def fields(cls) -> list[schema.FieldHelp]:
         """Every key of the file with its type, default and meaning."""
-        return list(schema.leaves(cls))
+        return [
+            replace(leaf, help=f"{leaf.help}: {_LATER[leaf.name]}") if leaf.name in _LATER else leaf
+            for leaf in schema.leaves(cls)
+        ]
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -293,6 +304,23 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             changed.add(name)
     return sorted(changed)
+
+
+def _one_length(in_file: Mapping[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """Drop the file's epochs where max_steps is overridden, and the other way round."""
+    before, after = in_file.get("train"), merged.get("train")
+    if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return merged
+    for old, new in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        given_twice = after.get(old) is not None and after.get(new) is not None
+        if given_twice and before.get(new) is None and before.get(old) == after[old]:
+            warnings.warn(
+                f"train.{new}={after[new]} replaces the file's train.{old}: {after[old]}",
+                LorakitWarning,
+                stacklevel=3,
+            )
+            return {**merged, "train": {**after, old: None}}
+    return merged
 
 
 def _require(fits: bool, where: str, expected: str, found: object) -> None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.environment import available_memory_bytes
 from lorakit.errors import MemoryPlanError
 from lorakit.models.load import model_class
+from lorakit.report.numbers import format_bytes
 
 # Per trained parameter: itself, its gradient and AdamW's two moments, all in float32.
 _TRAINED_BYTES = 16
@@ -65,8 +66,8 @@ class MemoryEstimate:
             "activations": self.activations_bytes,
             "logits": self.logits_bytes,
         }
-        listed = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in terms.items())
-        return f"about {self.total_bytes / 1e9:.2f} GB ({listed})"
+        listed = ", ".join(f"{name} {format_bytes(value)}" for name, value in terms.items())
+        return f"about {format_bytes(self.total_bytes)} ({listed})"
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -134,7 +135,7 @@ def require_room(estimate: MemoryEstimate, free_bytes: int) -> None:
         raise MemoryPlanError(
             "the run does not fit in memory",
             where="model and lora",
-            expected=f"at least {least_bytes / 1e9:.2f} GB; {estimate}",
-            found=f"{free_bytes / 1e9:.2f} GB free",
+            expected=f"at least {format_bytes(least_bytes)}; {estimate}",
+            found=f"{format_bytes(free_bytes)} free",
             remedy="set model.dtype to bfloat16, or use a smaller model, rank or target",
         )

@@ -67,14 +67,17 @@ def _resolve(name: str, names: Sequence[str], aliases: Mapping[str, str]) -> str
             expected="one of " + ", ".join(fitting),
             remedy="write the full name",
         )
-    short = [full.rpartition(".")[2] for full in names]
-    close = [*nearest(name, names, n=1)]
-    close += [names[short.index(leaf)] for leaf in nearest(name, short, n=1)]
+    # The last part first: against full names a short one is close to whatever is short too.
+    last = name.rpartition(".")[2]
+    leaves = [full.rpartition(".")[2] for full in names]
+    close = [full for full in nearest(name, names) if "." in name]
+    close += [names[leaves.index(leaf)] for leaf in nearest(last, leaves, n=1)]
+    close += nearest(name, names)
     raise ConfigError(
         f"unknown key {name!r}",
         where=name,
         expected="a key of the config",
-        remedy=f"did you mean {close[0]!r}?" if close else "list them with --help-config",
+        remedy=f"did you mean {close[0]!r}?" if close else "list them with: lorakit train --fields",
     )
 
 

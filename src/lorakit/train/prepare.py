@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
+from lorakit.adapters.spec import LoraSpec
 from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
 from lorakit.data.sources import load_rows
 from lorakit.environment import default_device, supports_bf16
-from lorakit.errors import DataError, LorakitWarning, ModelError
+from lorakit.errors import (
+    DataError,
+    LorakitWarning,
+    ModelError,
+    SpecError,
+    TargetError,
+)
+from lorakit.models.label_head import require_head
 from lorakit.models.load import load_config, load_tokenizer, resolve_dtype
+from lorakit.report.numbers import format_bytes, format_share
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
 from lorakit.train.memory import (
     BatchShape,
@@ -26,6 +37,7 @@ from lorakit.train.memory import (
     free_memory_bytes,
     require_room,
 )
+from lorakit.train.share import trained_share
 from lorakit.train.trainer import steps_per_epoch
 
 
@@ -99,11 +111,11 @@ class Preparation:
             f"{report.num_learned_tokens:,} of them learned; longest row {report.longest}",
             f"adapter: r={self.plan.spec.r} on {len(self.plan.sites)} sites, {num_params:,} "
             f"parameters beside {self.num_base_params:,} "
-            f"({num_params / (self.num_base_params + num_params):.3%} of all)",
+            f"({format_share(trained_share(num_params, self.num_base_params))} of all)",
             f"steps: {self.max_steps:,} ({epochs:.3g} epochs), batch {config.train.batch_size} x "
             f"{config.train.gradient_accumulation}",
             f"precision: {precision}, on {self.device.type}",
-            f"memory: {self.memory}, {self.free_bytes / 1e9:.1f} GB free",
+            f"memory: {self.memory}, {format_bytes(self.free_bytes)} free",
         ]
 
 
@@ -123,10 +135,8 @@ def prepare(config: TrainConfig) -> Preparation:
             remedy="remove it: the weights are loaded dense",
         )
     base = empty_model(load_config(config.model.ref))
-    with warnings.catch_warnings():
-        # The same notes come again when the plan is attached to the real model.
-        warnings.simplefilter("ignore", LorakitWarning)
-        plan = plan_adapter(base, config.lora)
+    require_head(base)
+    plan = _plan(base, config.lora)
     tokenizer = load_tokenizer(config.model.ref)
     data = read_data(config, tokenizer)
     device = default_device()
@@ -141,7 +151,7 @@ def prepare(config: TrainConfig) -> Preparation:
     require_room(memory, free_bytes)
     if memory.total_bytes > free_bytes:
         warnings.warn(
-            f"the run may not fit in memory: {memory}, {free_bytes / 1e9:.2f} GB free; lower "
+            f"the run may not fit in memory: {memory}, {format_bytes(free_bytes)} free; lower "
             "train.batch_size or data.max_length, or set train.gradient_checkpointing",
             LorakitWarning,
             stacklevel=2,
@@ -162,6 +172,26 @@ def prepare(config: TrainConfig) -> Preparation:
         max_steps=config.train.max_steps
         or math.ceil((config.train.epochs or DEFAULT_EPOCHS) * per_epoch),
     )
+
+
+def _plan(base: PreTrainedModel, spec: LoraSpec) -> AdapterPlan:
+    try:
+        with warnings.catch_warnings():
+            # The same notes come again when the plan is attached to the real model.
+            warnings.simplefilter("ignore", LorakitWarning)
+            return plan_adapter(base, spec)
+    except (SpecError, TargetError) as error:
+        # The plan knows the spec's fields, not that they stand in the config's section `lora`.
+        where = error.where or ""
+        if re.split(r"\W", where, maxsplit=1)[0] not in spec.to_dict():
+            raise
+        raise type(error)(
+            error.what,
+            where=f"lora.{where}",
+            expected=error.expected,
+            found=error.found,
+            remedy=error.remedy,
+        ) from error
 
 
 def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:

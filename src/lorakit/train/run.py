@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from lorakit.adapters.fingerprint import fingerprint
 from lorakit.data.collate import Collator
 from lorakit.data.sampling import LengthGroupedSampler
-from lorakit.errors import TrainingError
+from lorakit.errors import RequestError, TrainingError
 from lorakit.files import write_json, write_text
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.methods.registry import build_method
@@ -84,6 +85,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
         TrainingError: a loss or gradient that is not finite.
         TrainingPaused: Ctrl-C or SIGTERM; a checkpoint was written.
     """
+    _require_one_process()
     if config.train.tensorboard:
         require_tensorboard()
     clock = Clock()
@@ -101,6 +103,23 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
         run.fit()
         clock.mark("train_s")
         return run.finish(clock, warned.messages)
+
+
+def _require_one_process() -> None:
+    """Refuse what a launcher of several processes started.
+
+    Rows, steps and checkpoints are counted for one process; in several, each would train on all
+    rows and write over the others' files.
+    """
+    num_processes = os.environ.get("WORLD_SIZE", "1")
+    if num_processes not in ("", "0", "1"):
+        raise RequestError(
+            "training in several processes is not in this version",
+            where="the environment, WORLD_SIZE",
+            expected="one process",
+            found=num_processes,
+            remedy="start it without torchrun or accelerate launch: lorakit train CONFIG.yaml",
+        )
 
 
 class _Run:

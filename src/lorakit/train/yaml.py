@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, nearest
 
 
 class _DuplicateKeyError(yaml.MarkedYAMLError):
@@ -59,7 +59,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError("the config file does not exist", where=str(path)) from error
+        raise ConfigError(
+            "the config file does not exist", where=str(path), remedy=_nearest_file(path)
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "the config file cannot be read",
@@ -76,6 +78,18 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
             found="an empty file" if value is None else type(value).__name__,
         )
     return value
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no directory {folder}"
+    files = [file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml")]
+    close = nearest(path.name, files)
+    if close:
+        return "did you mean " + " or ".join(str(folder / name) for name in close) + "?"
+    listed = ", ".join(sorted(files)[:4])
+    return f"the YAML files there: {listed}" if listed else f"there is no YAML file in {folder}"
 
 
 def dump(value: dict[str, Any]) -> str:

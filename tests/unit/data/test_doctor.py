@@ -1,11 +1,17 @@
 """`lorakit doctor`, on a tiny model written to disk with a real tokenizer."""
 
 import json
+import warnings
 
 import pytest
 from tokenizers_for_tests import CHATML, NO_END, make_tokenizer
 
+import tiny_models
+from lorakit.adapters.plan import plan_adapter
+from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import main
+from lorakit.cli.doctor import adapter_finding
+from lorakit.errors import LorakitWarning
 
 ROWS = [
     {"prompt": f"What is the capital of France {i}?", "completion": f"Paris {i}."} for i in range(6)
@@ -89,7 +95,37 @@ def test_bad_data_is_a_wrong_request(base, data, capsys):
     assert "line 2" in error
 
 
-def test_all_labels_masked_is_a_wrong_request(base, data, capsys):
-    words = ["doctor", "--model", str(base), "--data", str(data), "data.max_length=6"]
-    assert main.main(words) == 2
-    assert "all labels are masked" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("limit", "what", "num_examples"),
+    [(6, "all labels are masked", 0), (22, "the end of an answer is never learned", 6)],
+)
+def test_masks_that_teach_nothing_are_an_error_finding(
+    base, data, capsys, limit, what, num_examples
+):
+    words = ["doctor", "--model", str(base), "--data", str(data), f"data.max_length={limit}"]
+    assert main.main([*words, "--json"]) == 1
+    record = json.loads(capsys.readouterr().out)
+    errors = [found for found in record["findings"] if found["level"] == "error"]
+    assert len(errors) == 1
+    assert what in errors[0]["text"]
+    assert "raise max_length" in errors[0]["remedy"]
+    assert record["report"]["num_examples"] == num_examples
+    assert record["adapter"] is None
+    assert main.main(words) == 1
+    out = capsys.readouterr().out
+    assert what in out.replace("\n", " ")
+    assert "cut at max_length" in out
+    assert ("line 1: 22 tokens" in out) == (num_examples > 0)
+
+
+def test_the_adapter_is_one_line_and_its_notes_make_it_a_warning():
+    model = tiny_models.build("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LorakitWarning)
+        plain, noted = (plan_adapter(model, LoraSpec(r=r, targets="qv")) for r in (2, 33))
+    found = adapter_finding(plain, 100 * plain.num_params())
+    assert found.level == "ok"
+    assert "the targets match 4 places" in found.text
+    assert "(0.99 % of all)" in found.text
+    assert adapter_finding(noted, 80_000).level == "warning"
+    assert "the rank exceeds" in adapter_finding(noted, 80_000).text

@@ -3,8 +3,6 @@ from dataclasses import replace
 from tokenizers_for_tests import CHATML, NO_END, QWEN3, make_tokenizer
 
 from lorakit.data.preview import (
-    AdapterSummary,
-    adapter_finding,
     count_facts,
     data_findings,
     duplicate_finding,
@@ -125,16 +123,6 @@ def test_duplicates_between_training_and_validation():
     train, other = load_rows([PAIR, LONG]), load_rows([LONG, {"prompt": "a", "completion": "b"}])
     assert duplicate_finding(train, other).text.startswith("1 of 2 validation rows")
     assert duplicate_finding(train, other[1:]).level == "ok"
-
-
-def test_the_adapter_in_one_line():
-    summary = AdapterSummary(num_sites=60, num_params=1_000, num_base_params=80_000)
-    assert adapter_finding(summary).text == (
-        "the targets match 60 places: 1,000 parameters (1.250% of 80,000)"
-    )
-    noted = replace(summary, notes=("r above the matrix",))
-    assert adapter_finding(noted).level == "warning"
-    assert "r above the matrix" in adapter_finding(noted).text
 
 
 def test_the_counts():

@@ -220,3 +220,11 @@ def test_a_real_model_knows_a_capital() -> None:
     assert scores["exact_match"].value == 1.0
     assert scores["choice"].value == 1.0
     assert 1.0 < scores["perplexity"].value < 4.0
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "exact_match", "choice"])
+def test_an_encoder_is_refused_before_anything_is_read(tokenizer, metric) -> None:
+    model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
+    # An empty data set would be the first complaint otherwise.
+    with pytest.raises(ModelError, match="no language-modelling head"):
+        evaluate(model, tokenizer, Rows([], [], "none.jsonl"), EvalOptions(metrics=(metric,)))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
     BartConfig,
     BartForConditionalGeneration,
     CohereConfig,
@@ -29,7 +31,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from lorakit.adapters.attach import attach, use
 from lorakit.adapters.spec import LoraSpec
-from lorakit.errors import DataError, LorakitWarning
+from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.models.label_head import LabelHead, label_nll
 
 VOCAB = 61
@@ -355,3 +357,13 @@ def test_a_wrapped_head_and_a_wrapped_model_are_called() -> None:
 def a_batch_seeded() -> dict[str, torch.Tensor]:
     torch.manual_seed(4)
     return a_batch()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_without_a_head_is_refused(device: str) -> None:
+    with torch.device(device):
+        model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4))
+    with pytest.raises(ModelError, match="no language-modelling head") as caught:
+        LabelHead(model)
+    assert caught.value.where == "BertModel"
+    assert caught.value.remedy

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.errors import ConfigError, RequestError, SpecError
+from lorakit.errors import ConfigError, LorakitWarning, RequestError, SpecError
 from lorakit.train.config import TrainConfig, changed_keys
 
 MINIMAL = """
@@ -92,6 +92,9 @@ def test_an_override_does_not_change_the_values_it_was_given():
 
 WRONG = {
     "unknown top key": (["trian.lr=1"], ConfigError, "train.lr"),
+    "leaf of a section": (["train.lrr=1"], ConfigError, "train.lr'"),
+    "leaf alone": (["lrr=1"], ConfigError, "train.lr'"),
+    "nothing near": (["qqqqqqqq=1"], ConfigError, "lorakit train --fields"),
     "unknown leaf": (["batchsize=1"], ConfigError, "batch_size"),
     "no equals sign": (["lr"], ConfigError, "key=value"),
     "not YAML": (["lr=[1"], ConfigError, "YAML"),
@@ -210,6 +213,40 @@ def test_a_wrong_file_is_one_clear_error(write, text, says):
     assert caught.value.exit_code == 2
 
 
+def test_a_missing_file_names_the_nearest(write, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_yaml(tmp_path / "config.yaml")
+    assert caught.value.remedy == f"there is no YAML file in {tmp_path}"
+    write(MINIMAL)
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_yaml(tmp_path / "confg.yml")
+    assert caught.value.remedy == f"did you mean {tmp_path / 'config.yaml'}?"
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_yaml(tmp_path / "qqqqqqqqqq")
+    assert caught.value.remedy == "the YAML files there: config.yaml"
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_yaml(tmp_path / "no" / "config.yaml")
+    assert caught.value.remedy == f"there is no directory {tmp_path / 'no'}"
+
+
+def test_an_override_of_the_length_replaces_the_other_way_to_say_it(write):
+    path = write(MINIMAL + "train: {epochs: 3}\n")
+    with pytest.warns(LorakitWarning, match=r"train\.max_steps=5 replaces .*train\.epochs: 3"):
+        config = TrainConfig.from_yaml(path, ["max_steps=5"])
+    assert (config.train.epochs, config.train.max_steps) == (None, 5)
+    path = write(MINIMAL + "train: {max_steps: 7, epochs: null}\n")
+    with pytest.warns(LorakitWarning, match=r"train\.epochs=2 replaces .*train\.max_steps: 7"):
+        config = TrainConfig.from_yaml(path, ["train.epochs=2"])
+    assert (config.train.epochs, config.train.max_steps) == (2.0, None)
+    # Said twice in one place, nothing wins.
+    for text, overrides in (
+        ("train: {epochs: 3}\n", ["epochs=2", "max_steps=5"]),
+        ("train: {epochs: 3, max_steps: 5}\n", ["max_steps=6"]),
+    ):
+        with pytest.raises(ConfigError, match="given twice"):
+            TrainConfig.from_yaml(write(MINIMAL + text), overrides)
+
+
 def test_a_missing_file_and_a_binary_file(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         TrainConfig.from_yaml(tmp_path / "none.yaml")
@@ -235,6 +272,8 @@ def test_every_field_has_a_help_text_and_a_readable_type():
     assert by_name["train.eval_every"].type == "a whole number or epoch"
     assert by_name["model.dtype"].type == "float32, bfloat16 or nothing (null)"
     assert by_name["data.train"].required
+    for name in ("model.quantize", "lora.update"):
+        assert "not in this version" in by_name[name].help
     assert by_name["lora.r"].default == 8
 
 

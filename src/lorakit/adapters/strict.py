@@ -1,0 +1,82 @@
+"""What keeps an adapter from binding: everything is looked at, and everything is listed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.targets import matches
+from lorakit.layers.kinds import kind_of
+
+
+def bias_problems(modules: Mapping[str, nn.Module], biases: Mapping[str, Tensor]) -> list[str]:
+    """Trained biases that have no place in the model."""
+    problems: list[str] = []
+    for name, bias in biases.items():
+        module = modules.get(name)
+        own = dict(module.named_parameters(recurse=False)).get("bias") if module else None
+        if own is None:
+            problems.append(f"extra: {name}.bias: the model has no such bias")
+        elif own.shape != bias.shape:
+            problems.append(
+                f"misshapen: {name}.bias: expected {tuple(own.shape)}, found {tuple(bias.shape)}"
+            )
+    return problems
+
+
+def not_finite(adapter: Adapter) -> list[str]:
+    """Tensors with a NaN or an infinity."""
+    named: list[tuple[str, Tensor]] = []
+    for name, factors in adapter.factors.items():
+        named += [(f"{name} A", factors.A), (f"{name} B", factors.B)]
+    named += [*adapter.biases.items(), *adapter.overrides.items()]
+    return [f"not finite: {name}" for name, t in named if not bool(torch.isfinite(t).all())]
+
+
+def changed_base(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Weights that a foreign file carries along and that are not this base's own."""
+    problems: list[str] = []
+    for name, weight in adapter.base_weights.items():
+        own = modules[name].get_parameter("weight") if name in modules else None
+        if own is not None and own.is_meta:
+            continue
+        if own is None or own.shape != weight.shape:
+            problems.append(f"extra: {name}.base_layer.weight: does not fit the base")
+        elif not torch.allclose(own.detach().float().cpu(), weight.float(), rtol=2**-7, atol=1e-6):
+            problems.append(f"extra: {name}.base_layer.weight: the file carries a changed weight")
+    return problems
+
+
+def missing_tensors(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Layers that the adapter says it adapts, and for which it brings nothing."""
+    missing = _missing_beside(modules, adapter)
+    present = set(adapter.modules())
+    beside = {name.rpartition(".")[0] for name in adapter.overrides}
+    for name, module in modules.items():
+        wanted = any(matches(target, name) for target in adapter.target_modules)
+        if not wanted or name in present or kind_of(module) is None:
+            continue
+        if not any(name == b or name.startswith(b + ".") for b in beside):
+            missing.append(f"missing: {name}: targeted, but the file has no tensors for it")
+    return missing
+
+
+def _missing_beside(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Biases and modules trained beside that the spec names and the file lacks."""
+    missing: list[str] = []
+    for name in adapter.modules() if adapter.spec.bias != "none" else ():
+        module = modules.get(name)
+        has_bias = module is not None and "bias" in dict(module.named_parameters(recurse=False))
+        if has_bias and name not in adapter.biases:
+            missing.append(f"missing: {name}.bias: trained, but the file has no tensor for it")
+    for name, module in modules.items():
+        if name and any(matches(pattern, name) for pattern in adapter.spec.also_train):
+            missing += [
+                f"missing: {name}.{n}: trained beside, but the file has no tensor for it"
+                for n, _ in module.named_parameters()
+                if f"{name}.{n}" not in adapter.overrides
+            ]
+    return missing

@@ -1,0 +1,89 @@
+"""What is refused, and what is said, before a model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import tiny_runs
+from lorakit.errors import ModelError, RequestError, SpecError, TargetError
+from lorakit.train.config import TrainConfig
+from lorakit.train.prepare import prepare
+from lorakit.train.run import train
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tiny_runs.write_all(tmp_path)
+
+
+@pytest.fixture
+def encoder(directory):
+    """The directory's model is an encoder with its tokenizer, but without an EOS."""
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=70,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    BertModel(config).save_pretrained(directory / "model")
+    settings = directory / "model" / "tokenizer_config.json"
+    settings.write_text(re.sub(r'"eos_token": "</s>"', '"eos_token": null', settings.read_text()))
+    return directory
+
+
+def test_an_encoder_without_a_head_is_refused_first_and_nothing_is_left(encoder):
+    with pytest.raises(ModelError, match="no language-modelling head") as caught:
+        train(tiny_runs.config(encoder), say=print)
+    assert "BertModel" in (caught.value.where or "")
+    assert caught.value.exit_code == 2
+    assert not (encoder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lora", "kind", "where"),
+    [
+        ({"update": "dora"}, SpecError, "lora.update"),
+        ({"targets": "q_porj"}, TargetError, "lora.targets"),
+    ],
+)
+def test_what_the_plan_refuses_is_named_as_in_the_config(directory, lora, kind, where):
+    values = tiny_runs.values(directory)
+    config = TrainConfig.from_dict({**values, "lora": {**values["lora"], **lora}})
+    with pytest.raises(kind) as caught:
+        prepare(config)
+    assert (caught.value.where or "").startswith(where)
+
+
+def test_the_memory_of_a_tiny_run_is_not_zero(directory):
+    config = tiny_runs.config(directory)
+    prepared = prepare(config)
+    line = next(line for line in prepared.lines(config) if line.startswith("memory"))
+    assert not re.search(r"\b0(\.0+)? [kMG]?B", line)
+    assert "kB" in line
+    num_params, num_base = prepared.plan.num_params(), prepared.num_base_params
+    share = f"{100 * num_params / (num_base + num_params):.1f} % of all"
+    assert any(share in line for line in prepared.lines(config))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_several_processes_are_refused_at_the_start(directory, monkeypatch, resume):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="several processes") as caught:
+        train(tiny_runs.config(directory), resume=resume, say=print)
+    assert caught.value.exit_code == 2
+    assert not (directory / "run").exists()
+
+
+def test_one_process_of_a_launcher_trains(directory, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config = tiny_runs.config(directory)
+    options = dataclasses.replace(config.train, epochs=None, max_steps=1, warmup_steps=0)
+    result = train(dataclasses.replace(config, train=options), say=lambda line: None)
+    assert result.record["steps"]["done"] == 1
