@@ -35,11 +35,12 @@ $(STAMP): pyproject.toml
 demo: setup  ## teach SmolLM2 to answer in SQL and prove it; leaves runs/demo/
 	$(BIN)/lorakit demo
 
+# One process per core, one thread each: torch's threads and pytest's processes would fight.
 test: setup  ## the tests that need no GPU, no browser and no patience
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: setup  ## also the slow ones and those that need a Chromium
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -177,7 +177,9 @@ def test_a_model_free_copy_keeps_every_tensor(tmp_path: Path) -> None:
         assert all(one[k].equal(two[k]) for k in one)
         fresh = tiny_models.build(case.architecture)
         load_adapter(fresh, tmp_path / name / "two")
-        assert tiny_models.outputs(fresh, given).equal(live)
+        # Parts with scalings of their own are folded into one when they are first written.
+        atol = 1e-6 if name == "gpt2-parts-ranks" else 0
+        torch.testing.assert_close(tiny_models.outputs(fresh, given), live, rtol=atol, atol=atol)
 
 
 @pytest.mark.real

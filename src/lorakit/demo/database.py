@@ -9,10 +9,8 @@ from contextlib import closing
 from datetime import date, timedelta
 from pathlib import Path
 
-from lorakit.demo.domains import Column, Domain, Table, domain
+from lorakit.demo.domains import Column, Domain, Table, Value, domain
 from lorakit.demo.mixed import mixed_domain
-
-Value = str | int | float
 
 _GIVEN = [
     "Ana",

@@ -22,6 +22,7 @@ from typing import Literal
 from lorakit.demo.held_out_domains import HELD_OUT, VALIDATION
 from lorakit.demo.training_domains import TRAINING
 
+Value = str | int | float
 Kind = Literal["name", "category", "integer", "real", "year", "date", "key"]
 Split = Literal["train", "validation", "held_out"]
 _SOURCES: dict[Split, str] = {"train": TRAINING, "validation": VALIDATION, "held_out": HELD_OUT}

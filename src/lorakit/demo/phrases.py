@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from lorakit.demo.database import Value
-from lorakit.demo.domains import Column
+from lorakit.demo.domains import Column, Value
 
 # Comparison -> how it is said of a number, and how of a year or a date.
 _OF_NUMBERS = {

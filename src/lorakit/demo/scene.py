@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from lorakit.demo.database import Value
-from lorakit.demo.domains import Column, Domain, Table
+from lorakit.demo.domains import Column, Domain, Table, Value
 from lorakit.demo.phrases import comparison, literal
 
 T = TypeVar("T")

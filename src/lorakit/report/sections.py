@@ -112,7 +112,9 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
     if trained is not None:
         tile: Tile = {"label": "trained parameters", "value": format_count(trained)}
         if total:
-            tile["note"] = f"{format_share(trained / total)} of {format_count(total)}"
+            tile["note"] = (
+                f"{format_share(trained / (total + trained))} of {format_count(total + trained)}"
+            )
         found.append(tile)
     adapter_bytes = _number(record, "adapter_bytes", "adapter.bytes")
     if adapter_bytes is not None:

@@ -149,7 +149,10 @@ class _Run:
 
     def load(self) -> None:
         """Load the base and attach the adapter."""
-        self.model = load_base_model(self.config.model.ref, dtype=self.config.model.dtype)
+        base = self.config.model
+        self.model = load_base_model(base.ref, dtype=base.dtype)
+        if base.attention is not None:
+            self.model.set_attn_implementation(base.attention)
         base_sha256 = fingerprint(self.model).sha256
         if self.start is not None:
             check_same_base(self.start, base_sha256)

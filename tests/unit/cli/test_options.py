@@ -54,7 +54,7 @@ def test_plan_takes_modules_trained_whole_and_an_expression_with_a_comma(answer,
     assert kinds == {"q_proj", "v_proj", "down_proj"}
     assert result["trained_beside"] == ["lm_head"]
     assert main([*map(str, words)]) == 0
-    assert "lm_head (whole)" in capsys.readouterr().out
+    assert "lm_head, trained whole" in capsys.readouterr().out
 
 
 def test_the_trained_share_is_of_the_model_with_its_adapter_everywhere(
@@ -62,8 +62,10 @@ def test_the_trained_share_is_of_the_model_with_its_adapter_everywhere(
 ):
     plan = answer("plan", base, "--r", 4, "--targets", "all-linear")[1]
     share = plan["trainable_params"] / (plan["base_params"] + plan["trainable_params"])
-    assert plan["trainable_share"] == share == trained_share(
-        plan["trainable_params"], plan["base_params"]
+    assert (
+        plan["trainable_share"]
+        == share
+        == trained_share(plan["trainable_params"], plan["base_params"])
     )
     record = json.loads((run_directory / "run.json").read_text())
     assert record["adapter"]["trainable_share"] == pytest.approx(share)

@@ -9,6 +9,7 @@ import pytest
 
 from lorakit.cli.main import main
 
+
 def test_train_leaves_an_adapter_and_a_record(run_directory):
     record = json.loads((run_directory / "run.json").read_text())
     assert record["adapter"]["trainable_params"] > 0

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from lorakit.adapters.attach import active_adapter, attach
 from lorakit.adapters.spec import LoraSpec
 from lorakit.data.options import SftOptions
 from lorakit.data.rows import Rows
 from lorakit.data.sources import load_rows
-from lorakit.errors import DataError, LorakitWarning, StateError
+from lorakit.errors import DataError, LorakitWarning, ModelError, StateError
 from lorakit.evaluate.generate import generate_answers
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.run import evaluate

@@ -78,7 +78,9 @@ def _refused(path: Path, kind: type[LorakitError] = AdapterFileError) -> str:
 
 
 @grid()
-def test_the_round_trip_keeps_every_bit(case: Case, tmp_path: Path) -> None:
+def test_the_round_trip_keeps_every_bit(
+    case: Case, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     model = tiny_models.build(case.architecture)
     given = tiny_models.inputs(model)
     plan = attach_learned(model, case.make(), "mine", warns=case.warns)
@@ -97,12 +99,23 @@ def test_the_round_trip_keeps_every_bit(case: Case, tmp_path: Path) -> None:
         for name, f in mine.factors.items()
         if not (f.A.equal(again.factors[name].A) and f.B.equal(again.factors[name].B))
     ]
-    assert differing == []
-    assert [f.scaling for f in again.factors.values()] == [f.scaling for f in mine.factors.values()]
+    # PEFT's file has one scaling per module: where parts differ, the ratio is folded into B, and
+    # from then on nothing moves.
+    folded = [n for n, f in mine.factors.items() if f.scaling != again.factors[n].scaling]
+    assert folded == (differing if "parts-ranks" in request.node.callspec.id else [])
+    assert differing == folded
+    for name in folded:
+        delta = mine.factors[name].delta()
+        torch.testing.assert_close(again.factors[name].delta(), delta, rtol=1e-6, atol=1e-7)
     assert {k for k, v in mine.biases.items() if not v.equal(again.biases[k])} == set()
     assert {k for k, v in mine.overrides.items() if not v.equal(again.overrides[k])} == set()
     assert again.spec == mine.spec
-    assert tiny_models.outputs(fresh, given).equal(live)
+    torch.testing.assert_close(
+        tiny_models.outputs(fresh, given),
+        live,
+        rtol=1e-6 if folded else 0,
+        atol=1e-6 if folded else 0,
+    )
 
 
 @pytest.mark.parametrize(

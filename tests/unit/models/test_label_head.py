@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    BertConfig,
-    BertModel,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
