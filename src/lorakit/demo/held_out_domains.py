@@ -1,4 +1,7 @@
-"""The schemas that training never sees: four to choose a recipe by, nine to report on."""
+"""The schemas that training never sees: thirteen to choose a recipe by, eight to report on.
+
+The eight were written after the recipe was fixed, and nothing was changed after they were asked.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,6 @@ publisher/publishers*15: name=Pine,Anchor,Lark,Summit + Press,Books,House,Verlag
 magazine/magazines*34: title=Modern,Urban,Simple,Global,Weekly,Young
   + Garden,Sailor,Cook,Investor,Parent,Maker; publisher_id>publisher;
   language=English|German|Spanish|French; circulation=2500..890000; price=1.20..18.90
-"""
-
-HELD_OUT = """
 # museum
 museum/museums*16: name=National,Royal,City,Coastal,Modern + Gallery,Museum,Collection,Archive;
   city=@city; founding_year=1791..2012; visitor_count=9000..2900000
@@ -81,4 +81,49 @@ stage/stages*15: name=River,Forest,Sunset,Main,Hill + Stage,Arena,Tent;
 concert/concerts*34: performer=Crimson,Paper,Static,Lunar,Salty,Gentle
   + Parade,Planets,Boys,Sisters,Machine,Choir; stage_id>stage; style=Rock|Jazz|Folk|Techno;
   start_date=2021-06-01..2023-09-10; ticket_price=9.0..180.0; audience_size=60..41000
+"""
+
+HELD_OUT = """
+# brewery
+brewery/breweries*15: name=Golden,Copper,Old,Northern + Barrel,Anchor,Crown,Kettle; city=@city;
+  founding_year=1790..2016; employee_count=3..420
+beer/beers*34: name=Hazy,Bitter,Velvet,Smoky,Lazy,Royal + Otter,Monk,Comet,Harvest,Bell,Captain;
+  brewery_id>brewery; style=Lager|Stout|Porter|Pilsner; alcohol_content=3.2..11.8; price=1.10..9.80
+# ski
+resort/resorts*15: name=Snow,Eagle,Crystal,Silver + Peak,Ridge,Valley,Summit; country=@country;
+  altitude=640..3480; lift_count=2..94
+slope/slopes*34: name=Rabbit,Devil,Thunder,Gentle,Marmot,Icy + Run,Drop,Chute,Bowl,Trail,Face;
+  resort_id>resort; difficulty=Easy|Medium|Hard|Expert; length=0.4..11.5; opening_year=1936..2020
+# auction
+auctioneer/auctioneers*15: name=@person; city=@city; experience_years=2..41
+lot/lots*34: title=Gilded,Cracked,Early,Rare,Dutch,Tall + Clock,Mirror,Violin,Globe,Desk,Lamp;
+  auctioneer_id>auctioneer; category=Furniture|Jewelry|Art|Coins; start_price=40..88000;
+  sale_date=2016-02-01..2023-11-30
+# veterinary
+vet/vets*15: name=@person; specialty=Surgery|Dentistry|Nutrition|Dermatology; hire_year=1996..2022
+pet/pets*36: name=Coco,Rex,Luna,Milo,Nala,Bruno + Bean,Star,Boy,Junior,Bear,Queen; vet_id>vet;
+  species=Dog|Cat|Rabbit|Parrot; weight=0.3..62.0; birth_year=2006..2023
+# taxi
+cab/cabs*16: plate=KX,LM,PR,ZT + 104,377,518,902; fuel=Petrol|Diesel|Hybrid|Electric; seats=3..7;
+  purchase_year=2009..2023
+ride/rides*40: passenger=@person; cab_id>cab; ride_date=2022-01-03..2023-12-29; distance=0.8..64.0;
+  fare=4.20..138.00; payment=Cash|Card|App
+# perfume
+brand/brands*15: name=Maison,Casa,House,Atelier + Belle,Noir,Flora,Lune; country=@country;
+  founding_year=1828..2015
+perfume/perfumes*34: name=Midnight,Salty,Golden,Wild,Secret,White
+  + Iris,Cedar,Amber,Fig,Musk,Neroli; brand_id>brand; scent=Floral|Woody|Citrus|Spicy;
+  volume=15..200; price=18.00..310.00
+# expeditions
+explorer/explorers*16: name=@person; nationality=@country; birth_year=1870..1985
+expedition/expeditions*34: title=Frozen,Hidden,Silent,Distant,Burning,Lost
+  + Coast,Plateau,Delta,Passage,Crater,Basin; explorer_id>explorer;
+  region=Arctic|Amazon|Sahara|Himalaya; departure_date=1951-04-01..2019-09-30;
+  member_count=2..38; cost=12000..940000
+# dairy
+dairy/dairies*15: name=Meadow,Hill,Brook,Clover + Gold,Farmhouse,Creamery,Fields; city=@city;
+  milk_price=0.28..0.74; founding_year=1884..2014
+cheese/cheeses*34: name=Little,Blue,Old,Smoked,Creamy,Mountain
+  + Baron,Wheel,Pearl,Abbot,Stone,Rose; dairy_id>dairy; milk=Cow|Goat|Sheep|Buffalo;
+  fat_content=12.0..62.0; aging_days=7..720
 """
