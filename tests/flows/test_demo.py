@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorakit as lk
+from lorakit.cli.demo import show
 from lorakit.demo.run import DemoRequest, run_demo
 from lorakit.demo.tasks import build_task, sql_task
 from lorakit.errors import OutputError, RequestError
@@ -49,6 +50,16 @@ def test_the_result_has_what_is_promised(demo):
     assert result["seconds"] > 0
     assert len(result["samples"]) == 4
     assert all(sample["reference_rows"] for sample in result["samples"])
+
+
+@pytest.mark.real
+def test_what_the_command_prints_can_be_printed(demo, capsys):
+    output, result = demo
+    show(result, output)
+    printed = capsys.readouterr().out
+    assert "held-out questions" in printed
+    assert "merge certificate" in printed
+    assert str(result["base"]["execution_accuracy"]["n"]) in printed
 
 
 @pytest.mark.real

@@ -50,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         console.print_json(result)
     else:
-        _show(result, output)
+        show(result, output)
     return 0
 
 
-def _show(result: dict[str, Any], output: Path) -> None:
+def show(result: dict[str, Any], output: Path) -> None:
+    """Print what a demo showed: scores, samples, cost, certificate, files."""
     console.stdout().print()
     console.stdout().print(f"[bold]{result['title']}[/]", highlight=False)
     _show_scores(result)

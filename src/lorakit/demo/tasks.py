@@ -24,7 +24,7 @@ _SQL_TRAINING: dict[str, Any] = {
     "schedule": "cosine",
     "warmup_steps": 15,
 }
-_NUM_SQL_TRAIN = 1760
+_NUM_SQL_TRAIN = 1680
 _QUESTIONS_PER_CONVERSATION = 4
 # Drawn before choosing, so that there are enough databases with a whole conversation.
 _NUM_SQL_DRAWN = 3000
@@ -62,7 +62,7 @@ def sql_task(seed: int) -> DemoTask:
         metrics={"execution_accuracy": "sql_execution", "exact_match": "exact_match"},
         lora=_SQL_LORA,
         training=_SQL_TRAINING,
-        max_new_tokens=56,
+        max_new_tokens=48,
         write_databases=partial(_write_databases, names),
     )
 
