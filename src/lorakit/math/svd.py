@@ -25,7 +25,7 @@ def product_singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """The exponential of the entropy of the normalised spectrum (Roy and Vetterli 2007); 0 for a zero matrix.
+    """The exponential of the spectrum's entropy (Roy and Vetterli 2007); 0 for a zero matrix.
 
     Args:
         singular_values: (n,) non-negative.
