@@ -10,7 +10,7 @@ from lorakit.cli import console
 from lorakit.cli.merge import certificate_facts
 from lorakit.demo.run import RESULT_NAME, DemoRequest, run_demo
 from lorakit.demo.tasks import TASKS, build_task
-from lorakit.report.numbers import (
+from lorakit.formatting import (
     format_bytes,
     format_count,
     format_duration,

@@ -23,8 +23,8 @@ from lorakit.data.preview import (
 )
 from lorakit.data.rows import Rows
 from lorakit.errors import RequestError
+from lorakit.formatting import format_bytes, format_count, format_share
 from lorakit.models.load import load_tokenizer
-from lorakit.report.numbers import format_bytes, format_count, format_share
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.prepare import Preparation, prepare

@@ -12,7 +12,7 @@ from lorakit.data.sources import load_rows
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import write_json
-from lorakit.report.numbers import format_count, format_duration, format_estimate, format_number
+from lorakit.formatting import format_count, format_duration, format_estimate, format_number
 
 SUMMARY = "compare the base and an adapter on a data file"
 

@@ -17,7 +17,7 @@ from lorakit.data.sft import render_prompt
 from lorakit.data.sources import load_rows
 from lorakit.errors import RequestError
 from lorakit.evaluate.generate import Answer, generate_answers
-from lorakit.report.numbers import format_duration
+from lorakit.formatting import format_duration
 
 SUMMARY = "answer one prompt, or a file of prompts"
 

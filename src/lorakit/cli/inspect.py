@@ -14,8 +14,8 @@ import torch
 import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.cli import console
+from lorakit.formatting import format_bytes, format_count, format_estimate, format_number
 from lorakit.math.svd import effective_rank, product_singular_values
-from lorakit.report.numbers import format_bytes, format_count, format_estimate, format_number
 
 SUMMARY = "look inside an adapter's files"
 

@@ -9,8 +9,8 @@ from typing import Any
 # The format registers itself as the reader behind Adapter.load.
 import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.cli import console
+from lorakit.formatting import format_duration, format_number
 from lorakit.merging.run import CERTIFICATE_NAME, MergeRequest, merge_to_disk
-from lorakit.report.numbers import format_duration, format_number
 
 SUMMARY = "fold an adapter into its base, with a certificate"
 

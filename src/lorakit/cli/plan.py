@@ -13,9 +13,9 @@ from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import console
 from lorakit.errors import RequestError
+from lorakit.formatting import format_bytes, format_count, format_number, format_share
 from lorakit.layers.kinds import Shape
 from lorakit.models.empty import empty_model
-from lorakit.report.numbers import format_bytes, format_count, format_number, format_share
 from lorakit.train.share import trained_share
 
 V = TypeVar("V", int, float)

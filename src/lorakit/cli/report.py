@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from lorakit.cli import console
+from lorakit.formatting import format_bytes
 from lorakit.report.collect import collect
 from lorakit.report.html import write_report
-from lorakit.report.numbers import format_bytes
 
 SUMMARY = "write one HTML file from what a run left"
 

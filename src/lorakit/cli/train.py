@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit.cli import console
 from lorakit.errors import RequestError
-from lorakit.report.numbers import (
+from lorakit.formatting import (
     format_bytes,
     format_count,
     format_duration,

@@ -11,8 +11,8 @@ import jinja2
 from markupsafe import Markup
 
 from lorakit.files import write_text
+from lorakit.formatting import format_estimate, format_number, format_share
 from lorakit.report.figures import loss_curve
-from lorakit.report.numbers import format_estimate, format_number, format_share
 from lorakit.report.schema import Cell, Report
 
 # A query may return a whole table: a sample shows its beginning.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from lorakit.report.numbers import (
+from lorakit.formatting import (
     format_bytes,
     format_count,
     format_duration,

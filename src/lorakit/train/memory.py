@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.environment import available_memory_bytes
 from lorakit.errors import MemoryPlanError
+from lorakit.formatting import format_bytes
 from lorakit.models.load import model_class
-from lorakit.report.numbers import format_bytes
 
 # Per trained parameter: itself, its gradient and AdamW's two moments, all in float32.
 _TRAINED_BYTES = 16

@@ -25,9 +25,9 @@ from lorakit.errors import (
     SpecError,
     TargetError,
 )
+from lorakit.formatting import format_bytes, format_share
 from lorakit.models.label_head import require_head
 from lorakit.models.load import load_config, load_tokenizer, resolve_dtype
-from lorakit.report.numbers import format_bytes, format_share
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
 from lorakit.train.memory import (
     BatchShape,
