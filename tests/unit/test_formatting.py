@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.report import numbers
+from lorakit import formatting
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from lorakit.report import numbers
     ],
 )
 def test_bytes(num_bytes, text):
-    assert numbers.format_bytes(num_bytes) == text
+    assert formatting.format_bytes(num_bytes) == text
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_bytes(num_bytes, text):
     ],
 )
 def test_durations(seconds, text):
-    assert numbers.format_duration(seconds) == text
+    assert formatting.format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
     ("share", "text"), [(0.8312, "83.1 %"), (0.0034, "0.34 %"), (0, "0.0 %"), (1, "100.0 %")]
 )
 def test_shares(share, text):
-    assert numbers.format_share(share) == text
+    assert formatting.format_share(share) == text
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_shares(share, text):
     ],
 )
 def test_numbers(value, text):
-    assert numbers.format_number(value) == text
+    assert formatting.format_number(value) == text
 
 
 def test_estimates():
     estimate = {"value": 0.831, "interval": [0.766, 0.8812], "n": 160}
-    assert numbers.format_estimate(estimate) == "83.1 % [76.6, 88.1]"
+    assert formatting.format_estimate(estimate) == "83.1 % [76.6, 88.1]"
     perplexity = {"value": 14.236, "interval": [13.1, 15.4], "n": 160}
-    assert numbers.format_estimate(perplexity, share=False) == "14.24 [13.1, 15.4]"
-    assert numbers.format_estimate({"value": 0.5, "interval": None}) == "50.0 %"
+    assert formatting.format_estimate(perplexity, share=False) == "14.24 [13.1, 15.4]"
+    assert formatting.format_estimate({"value": 0.5, "interval": None}) == "50.0 %"
