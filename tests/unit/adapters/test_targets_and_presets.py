@@ -167,9 +167,7 @@ _MATCHES: list[tuple[str, Any, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "targets", "expected"), _MATCHES, ids=lambda x: str(x)[:40], ids=range(len(_MATCHES))
-)
+@pytest.mark.parametrize(("name", "targets", "expected"), _MATCHES, ids=range(len(_MATCHES)))
 def test_names_suffixes_and_regular_expressions(
     name: str, targets: Any, expected: set[str]
 ) -> None:
