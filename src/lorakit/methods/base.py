@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +17,17 @@ class TrainableReport:
 
     Attributes:
         num_trainable: learned numbers.
-        num_total: all numbers of the model, the learned ones included.
+        num_total: all numbers of the model with the method on it, tied weights counted once.
         sites: names of what is changed, in the model's order.
         notes: what the user should know, one sentence each.
+        kept_bytes: memory that `Method.disabled` needs for what the base was, in bytes.
     """
 
     num_trainable: int
     num_total: int
     sites: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    kept_bytes: int = 0
 
     @property
     def share(self) -> float:
@@ -33,12 +36,31 @@ class TrainableReport:
 
 
 class Method(Protocol):
-    """One way of adapting a model."""
+    """One way of adapting a model; `attach` comes before everything but `options` and `plan`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in a configuration."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """JSON values; `build_method(name, options)` makes the same method again."""
+        ...
+
+    def plan(self, model: nn.Module) -> TrainableReport:
+        """What `attach` will do; changes nothing and works on the meta device.
+
+        Raises:
+            SpecError, TargetError: the method cannot do this on this model, with the reason.
+        """
+        ...
 
     def attach(self, model: nn.Module) -> TrainableReport:
-        """Make the model trainable this way; mutates it and leaves its output as it was."""
+        """Make the model trainable this way, and nothing else of it; mutates it.
+
+        The model's output stays as it was where the method's definition allows that (a prefix
+        changes it at once).
+        """
         ...
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -46,9 +68,34 @@ class Method(Protocol):
         ...
 
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Put learned tensors back in place, strictly; the inverse of `state`."""
+        """Put learned tensors back in place, strictly; the inverse of `state`.
+
+        Raises:
+            AdapterFileError: the state is not this method's, all differences listed.
+        """
+        ...
+
+    def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """The optimizer's groups, as torch.optim takes them: "params" and perhaps "lr"."""
+        ...
+
+    def disabled(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block the model is the base, bit for bit."""
+        ...
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold what was learned into ordinary weights of the base's class; mutates the model.
+
+        Raises:
+            MergeError: this method has no such form, with the reason.
+        """
         ...
 
     def save(self, model: nn.Module, path: Path, passport: Mapping[str, Any]) -> None:
-        """Write what was learned as a directory that other tools load; replaces an earlier one."""
+        """Write what was learned as a directory, whole or not at all; replaces an earlier one."""
         ...
+
+
+def one_group(method: Method, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """`param_groups` of a method that learns everything at one rate."""
+    return [{"params": list(method.state(model).values()), "lr": lr}]

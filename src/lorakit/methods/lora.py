@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attach import attach
+from lorakit.adapters.attach import attach, detach, use
 from lorakit.adapters.attachments import adapted_layers, overridden_modules
+from lorakit.adapters.fold import merge
+from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
-from lorakit.errors import AdapterFileError
 from lorakit.formats.peft import save_adapter
 from lorakit.layers.adapted import module_key
-from lorakit.methods.base import TrainableReport
+from lorakit.methods.base import TrainableReport, one_group
+from lorakit.methods.state import load_in_place
 
 
 class LoraMethod:
@@ -32,15 +34,20 @@ class LoraMethod:
         self.spec = spec
         self.adapter_name = adapter_name
 
+    def options(self) -> dict[str, Any]:
+        """The spec's fields."""
+        return self.spec.to_dict()
+
+    def plan(self, model: nn.Module) -> TrainableReport:
+        """Resolve the spec; see `lorakit.adapters.plan.plan_adapter`."""
+        return _report(model, plan_adapter(model, self.spec))
+
     def attach(self, model: nn.Module) -> TrainableReport:
         """Attach the adapter; see `lorakit.adapters.attach.attach`."""
-        plan = attach(model, self.spec, self.adapter_name)
-        return TrainableReport(
-            num_trainable=plan.num_params(),
-            num_total=sum(p.numel() for p in model.parameters()),
-            sites=tuple(s.name for s in plan.sites) + tuple(o.module for o in plan.overrides),
-            notes=plan.notes,
-        )
+        plan = plan_adapter(model, self.spec)
+        report = _report(model, plan)
+        attach(model, plan, self.adapter_name)
+        return report
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The adapter's parameters: `<module>.<index>.lora_A` and so on."""
@@ -57,30 +64,38 @@ class LoraMethod:
         return found
 
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Copy a state into the attached adapter, in place and bit for bit.
+        """Copy a state into the attached adapter, in place and bit for bit."""
+        load_in_place(self.state(model), state)
+
+    def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """One group."""
+        return one_group(self, model, lr)
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        """The base alone inside the block."""
+        with use(model, None):
+            yield
+
+    def merge(self, model: nn.Module) -> None:
+        """W = W0 + s B A in the base's weights; the wrappers come off.
 
         Raises:
-            AdapterFileError: the state is not this adapter's, all differences listed.
+            MergeError: a merged weight would not be finite.
         """
-        mine = self.state(model)
-        problems = [f"missing: {name}" for name in mine if name not in state]
-        problems += [f"extra: {name}" for name in state if name not in mine]
-        problems += [
-            f"misshapen: {name}: expected {tuple(mine[name].shape)}, found {tuple(value.shape)}"
-            for name, value in state.items()
-            if name in mine and mine[name].shape != value.shape
-        ]
-        if problems:
-            raise AdapterFileError(
-                "the checkpoint does not fit this adapter",
-                found="\n".join(problems[:12]),
-                remedy="resume with the configuration the checkpoint was made with",
-            )
-        with torch.no_grad():
-            for name, value in state.items():
-                mine[name].copy_(value)
+        merge(model, self.adapter_name, keep=False)
+        detach(model, self.adapter_name)
 
     def save(self, model: nn.Module, path: Path, passport: Mapping[str, Any]) -> None:
         """Write the adapter in PEFT's layout, its passport beside."""
         facts = {"method": self.name, **passport}
         save_adapter(model, path, self.adapter_name, passport=facts, replace=True)
+
+
+def _report(model: nn.Module, plan: AdapterPlan) -> TrainableReport:
+    return TrainableReport(
+        num_trainable=plan.num_params(),
+        num_total=sum(p.numel() for p in model.parameters()) + plan.num_params(),
+        sites=tuple(s.name for s in plan.sites) + tuple(o.module for o in plan.overrides),
+        notes=plan.notes,
+    )

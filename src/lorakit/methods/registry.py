@@ -10,6 +10,7 @@ from lorakit.errors import ConfigError, nearest
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 
+# One line per method: its name, and what makes it of the values of its section.
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "lora": lambda options: LoraMethod(LoraSpec.from_dict(options)),
 }
@@ -28,6 +29,16 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
         ConfigError: no such method.
         SpecError: options that cannot be.
     """
+    require_method(name)
+    return _BUILDERS[name](options)
+
+
+def require_method(name: str) -> None:
+    """Refuse a name that no method has.
+
+    Raises:
+        ConfigError: no such method; the nearest is named.
+    """
     if name not in _BUILDERS:
         close = nearest(name, METHODS, n=1)
         raise ConfigError(
@@ -36,4 +47,3 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
             expected=", ".join(METHODS),
             remedy=f"did you mean {close[0]!r}?" if close else None,
         )
-    return _BUILDERS[name](options)

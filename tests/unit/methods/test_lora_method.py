@@ -71,3 +71,29 @@ def test_loading_a_state_is_strict_and_whole() -> None:
         with pytest.raises(LorakitError):
             method.load(model, wrong)
         assert_same_bits(values, bits(model))
+
+
+@grid("llama-qv", "gpt2-parts-ranks", "bert-bias-lora-only")
+def test_planned_disabled_and_merged(case: Case) -> None:
+    model = tiny_models.build(case.architecture)
+    given = tiny_models.inputs(model)
+    modules = {name: type(module) for name, module in model.named_modules()}
+    base = tiny_models.outputs(model, given)
+    method = build_method("lora", case.make().to_dict())
+    again = build_method(method.name, json.loads(json.dumps(method.options())))
+    planned = again.plan(model)
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert method.attach(model) == planned
+    shake(model)
+    live = tiny_models.outputs(model, given)
+    assert not live.equal(base)
+    with method.disabled(model):
+        assert tiny_models.outputs(model, given).equal(base)
+    assert tiny_models.outputs(model, given).equal(live)
+    groups = method.param_groups(model, 1e-3)
+    learned = {id(p) for p in trainable(model).values()}
+    assert {id(p) for group in groups for p in group["params"]} == learned
+    assert [group["lr"] for group in groups] == [1e-3]
+    method.merge(model)
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    torch.testing.assert_close(tiny_models.outputs(model, given), live, rtol=1e-5, atol=1e-5)
