@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorakit.data.classification import ClassifyExample
 from lorakit.data.encode import IGNORED, Example
 
 
@@ -46,3 +47,44 @@ class Collator:
             attention_mask[i, :n] = 1
             labels[i, :n] = torch.tensor(example.labels, dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class ClassifyCollator:
+    """Pads a batch of classification examples to its longest on the right.
+
+    Args:
+        pad_token_id: the id to fill with; decoders look for the last token that is another one, so
+            it must be the model's own.
+        regression: whether labels are numbers.
+    """
+
+    def __init__(self, pad_token_id: int, *, regression: bool) -> None:
+        self.pad_token_id = pad_token_id
+        self.regression = regression
+
+    def __call__(self, examples: Sequence[ClassifyExample]) -> dict[str, Tensor]:
+        """The batch.
+
+        Returns:
+            input_ids, attention_mask and, where the model takes them, token_type_ids, each int64
+            (batch, length); labels (batch,), int64 class ids or float32 numbers.
+        """
+        shape = (len(examples), max(map(len, examples)))
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        token_type_ids = torch.zeros(shape, dtype=torch.long)
+        for i, example in enumerate(examples):
+            n = len(example)
+            input_ids[i, :n] = torch.tensor(example.input_ids)
+            attention_mask[i, :n] = 1
+            if example.token_type_ids is not None:
+                token_type_ids[i, :n] = torch.tensor(example.token_type_ids)
+        dtype = torch.float32 if self.regression else torch.long
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": torch.tensor([example.label for example in examples], dtype=dtype),
+        }
+        if examples[0].token_type_ids is not None:
+            batch["token_type_ids"] = token_type_ids
+        return batch
