@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.layers.fused import fused_forward
 from lorakit.layers.kinds import LayerKind
 from lorakit.layers.low_rank import Branch
 from lorakit.layers.routing import Routing, row_groups
@@ -73,11 +74,13 @@ class AdaptedLayer(Wrapper):
         active = self.routing.active
         if isinstance(active, tuple) and not self.routing.merged:
             return self._forward_rows(x, active)
-        y = self.base(x)
         if active is None or isinstance(active, tuple) or active in self.routing.merged:
-            return y
+            return self.base(x)
         branch = self.branch_of(active)
-        return y if branch is None else self._add(branch, x, y)
+        if branch is None:
+            return self.base(x)
+        fused = fused_forward(self.base, branch, x)
+        return self._add(branch, x, self.base(x)) if fused is None else fused
 
     def _forward_rows(self, x: Tensor, rows: tuple[str | None, ...]) -> Tensor:
         if x.shape[0] == 1 and len(rows) > 1:

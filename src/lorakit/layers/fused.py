@@ -1,0 +1,147 @@
+"""One autograd function for a frozen linear layer and the branches on it.
+
+Composed of ordinary operations, an adapted linear layer makes the base's output, the branch's
+output and their sum, and adds up two gradients of its input. Here the branch is accumulated into
+the base's output and into the input's gradient by the matrix products themselves, and the input,
+saved once, serves both factors:
+
+    h = x A^T                      y = x W^T + b;  y += s h B^T
+    g = s dy B                     dx = dy W;      dx += g A
+    dA = g^T x                     dB = s dy^T h
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.layers.low_rank import Branch
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One update: its scaling, and the output rows [start, stop) that it owns."""
+
+    scaling: float
+    start: int
+    stop: int
+
+    def of(self, y: Tensor) -> Tensor:
+        """The part's columns of an output (n, out): a view."""
+        return y[:, self.start : self.stop]
+
+
+def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
+    """The layer's whole output with one adapter's updates, or None where it cannot be fused.
+
+    Args:
+        base: the frozen layer.
+        branch: what the adapter does there.
+        x: the layer's input.
+    """
+    weight = _frozen_weight(base)
+    if weight is None or branch.bias is not None or not x.is_floating_point():
+        return None
+    parts: list[Part] = []
+    factors: list[Tensor] = []
+    for update in branch.updates():
+        rows = update.rows
+        if (update.training and update.dropout) or (rows is not None and rows.count != 1):
+            return None
+        start = 0 if rows is None else rows.start
+        parts.append(Part(update.scaling, start, start + update.lora_B.shape[0]))
+        factors += [update.lora_A, update.lora_B]
+    return adapted_linear(x, weight, base.bias, tuple(parts), factors)
+
+
+def _frozen_weight(base: nn.Module) -> Tensor | None:
+    """The (out, in) weight of a layer whose product can be fused, or None.
+
+    Only layers whose forward is known to be x W^T + b, that nobody hooks or replaced, and whose
+    parameters are frozen, ordinary tensors; every other layer takes the general path.
+    """
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return None
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        return None
+    own = [base.weight] if base.bias is None else [base.weight, base.bias]
+    if "forward" in vars(base) or any(type(p) is not nn.Parameter or p.requires_grad for p in own):
+        return None
+    return base.weight if type(base) is nn.Linear else base.weight.T
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: tuple[Part, ...], factors: list[Tensor]
+) -> Tensor:
+    """The output x W^T + b + sum of s (x A^T) B^T, with gradients for x and the factors.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen.
+        bias: (out,), frozen, or None.
+        parts: one for each update.
+        factors: A (r, in) and B (rows of the part, r) of each part in turn, any floating dtype;
+            used in the dtype of the activations; their gradients come in their own.
+
+    Returns:
+        (..., out) in the dtype F.linear(x, weight) has, autocast included.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _AdaptedLinear.apply(x, weight, bias, parts, *factors)  # pyright: ignore[reportReturnType]
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: tuple[Part, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, weight, bias)
+        kept: list[Tensor] = []
+        for part, A, B in zip(parts, factors[::2], factors[1::2], strict=True):
+            A, B = A.to(x.dtype), B.to(x.dtype)
+            h = flat @ A.T
+            part.of(y).addmm_(h, B.T, alpha=part.scaling)
+            kept += [A, B, h]
+        ctx.save_for_backward(flat, weight, *kept)
+        ctx.parts, ctx.shape = parts, x.shape
+        ctx.dtypes = [factor.dtype for factor in factors]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, *kept = ctx.saved_tensors
+        dy = grads[0].reshape(-1, weight.shape[0])
+        needs = ctx.needs_input_grad
+        dx = dy @ weight if needs[0] else None
+        found: list[Tensor | None] = []
+        for i, part in enumerate(ctx.parts):
+            A, B, h = kept[3 * i : 3 * i + 3]
+            mine = part.of(dy)
+            g = (mine @ B).mul_(part.scaling)
+            if dx is not None:
+                dx.addmm_(g, A)
+            grad_A = (g.T @ x).to(ctx.dtypes[2 * i]) if needs[4 + 2 * i] else None
+            grad_B = None
+            if needs[5 + 2 * i]:
+                # As h^T dy, half the time of dy^T h: the tall factor need not be transposed.
+                grad_B = (h.T @ mine).T.to(ctx.dtypes[2 * i + 1]) * part.scaling
+            found += [grad_A, grad_B]
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, *found)
