@@ -13,6 +13,7 @@ from lorakit.adapters.fused import fused_parts
 from lorakit.errors import TargetError, nearest
 from lorakit.layers.adapted import Wrapper
 from lorakit.layers.kinds import LayerKind, kind_of
+from lorakit.layers.prefix import PrefixTokens
 from lorakit.layers.rows import Rows
 
 PRESETS = ("qv", "attention", "mlp", "all-linear")
@@ -50,6 +51,8 @@ def _collect(module: nn.Module, name: str, found: dict[str, nn.Module], seen: se
     seen.add(id(module))
     found[name] = module
     for child_name, child in module.named_children():
+        if isinstance(child, PrefixTokens):
+            continue  # beside the base, not in the place of a part of it
         _collect(child, f"{name}.{child_name}" if name else child_name, found, seen)
 
 

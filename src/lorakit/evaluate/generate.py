@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lorakit.data.sft import stop_token_ids
 from lorakit.errors import DataError, LorakitWarning, ModelError
+from lorakit.layers.prefix import num_special_positions
 from lorakit.models.label_head import evaluating
 from lorakit.progress import progress
 
@@ -170,7 +171,8 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Job
 
 def _context_length(model: PreTrainedModel) -> int | None:
     # Absent for relative positions (T5) and ALiBi (BLOOM), which have no end.
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if longest is None else longest - num_special_positions(model)
 
 
 def _warn_of_cuts(

@@ -21,6 +21,7 @@ class TrainableReport:
         sites: names of what is changed, in the model's order.
         notes: what the user should know, one sentence each.
         kept_bytes: memory that `Method.disabled` needs for what the base was, in bytes.
+        extra_positions: positions of the model's context that every row takes beside its tokens.
     """
 
     num_trainable: int
@@ -28,6 +29,7 @@ class TrainableReport:
     sites: tuple[str, ...]
     notes: tuple[str, ...] = ()
     kept_bytes: int = 0
+    extra_positions: int = 0
 
     @property
     def share(self) -> float:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters.attach import active_adapter
 from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.layers.adapted import Wrapper
+from lorakit.layers.prefix import prompts_before
 
 IGNORED = -100
 
@@ -163,7 +164,8 @@ class LabelHead:
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if self._seq2seq and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = _decoder_inputs(self._model, batch["labels"])
-        return self._call(**inputs, use_cache=False).logits
+        with prompts_before(self._model, batch["labels"]):
+            return self._call(**inputs, use_cache=False).logits
 
     def _selected(self, batch: Batch, mask: Tensor) -> Tensor | None:
         selection = _Selection(mask)
