@@ -16,16 +16,15 @@ from lorakit.adapters.attachments import (
     adapted_layers,
     attachments_of,
     check_name,
-    find_attachments,
     overridden_modules,
     refuse_merged,
     require_attached,
 )
-from lorakit.adapters.fingerprint import Fingerprint, fingerprint
+from lorakit.adapters.identity import base_facts, require_same_base
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site, whole_modules
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
 from lorakit.adapters.targets import base_modules
-from lorakit.errors import AdapterFileError, BaseMismatchError, LorakitWarning, nearest
+from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.kinds import kind_of
 
 _SHOWN = 12
@@ -73,7 +72,7 @@ def adapter_from_model(
             overrides[f"{module.name}.{parameter}"] = _copy(value)
     known = dict(record.passports.get(name, {}))
     known.update(passport or {})
-    known["base"] = _base_facts(model, whole_modules(plan))
+    known["base"] = base_facts(model, whole_modules(plan))
     return Adapter(
         spec=plan.spec,
         factors=factors,
@@ -113,7 +112,7 @@ def bind_adapter(
     refuse_merged(model)
     plan = _plan_for(model, adapter, problems)
     if not any_base:
-        _check_base(model, adapter)
+        require_same_base(model, adapter.passport)
     attach(model, plan, name)
     try:
         _fill(model, adapter, name)
@@ -152,21 +151,6 @@ def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _base_facts(model: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
-    record = find_attachments(model)
-    if record is not None and record.base_fingerprint is not None:
-        found = record.base_fingerprint
-    else:
-        found = fingerprint(model, left_out=left_out).to_json()
-    config: Any = getattr(model, "config", None)
-    return {
-        **found,
-        "name": str(getattr(config, "name_or_path", "") or ""),
-        "architecture": type(model).__name__,
-        "model_type": str(getattr(config, "model_type", "")),
-    }
 
 
 _TASKS = {
@@ -303,23 +287,6 @@ def _override_sites(
         else:
             grouped.setdefault(owner, {})[leaf] = tuple(value.shape)
     return tuple(OverrideSite(module=m, shapes=shapes) for m, shapes in grouped.items())
-
-
-def _check_base(model: nn.Module, adapter: Adapter) -> None:
-    facts = adapter.passport.get("base")
-    if not isinstance(facts, Mapping) or "samples" not in facts:
-        return
-    made_on = Fingerprint.from_json(facts)
-    here = fingerprint(model, left_out=made_on.left_out)
-    difference = made_on.difference(here)
-    if difference:
-        raise BaseMismatchError(
-            "this adapter was made for another base model",
-            expected=f"{facts.get('name') or 'unnamed'} ({made_on.sha256[:12]})",
-            found=f"{_foreign_facts(model)['base_model_name_or_path'] or 'unnamed'} "
-            f"({here.sha256[:12]}): {difference}",
-            remedy="load that base, or ask for any base by name: any_base=True, --any-base",
-        )
 
 
 def _fill(model: nn.Module, adapter: Adapter, name: str) -> None:

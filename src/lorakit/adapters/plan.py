@@ -138,7 +138,7 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     _check_patterns("rank_pattern", spec.rank_pattern, sites)
     _check_patterns("alpha_pattern", spec.alpha_pattern, sites)
     modules = base_modules(model)
-    beside = _also_train(spec, modules, {site.module for site in sites})
+    beside = modules_beside(spec.also_train, modules, {site.module for site in sites})
     biases = _other_biases(spec, modules, sites, beside)
     changed = [site.module for site in (*sites, *beside)]
     targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
@@ -209,11 +209,21 @@ def _check_patterns(field: str, pattern: Mapping[str, object], sites: Iterable[S
             )
 
 
-def _also_train(
-    spec: LoraSpec, modules: Mapping[str, nn.Module], adapted: set[str]
+def modules_beside(
+    patterns: Iterable[str], modules: Mapping[str, nn.Module], adapted: Iterable[str] = ()
 ) -> list[OverrideSite]:
+    """Resolve `also_train`: whole modules that are trained beside.
+
+    Args:
+        patterns: names, suffixes or expressions.
+        modules: the base's modules by name.
+        adapted: modules that are changed in another way and cannot be trained as a whole too.
+
+    Raises:
+        TargetError: a pattern matches nothing, nothing with parameters, or something adapted.
+    """
     chosen: dict[str, OverrideSite] = {}
-    for pattern in spec.also_train:
+    for pattern in patterns:
         names = [name for name in modules if name and matches(pattern, name)]
         if not names:
             leaves = {name.rpartition(".")[2] for name in modules if name}

@@ -22,7 +22,8 @@ from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelErro
 from lorakit.files import atomic_directory, require_free, write_json
 from lorakit.merging.plan import MergePlan, plan_merge
 from lorakit.merging.probes import Answers, ask, make_probes, max_abs_difference
-from lorakit.merging.shards import StoredChange, copy_companions, write_shards
+from lorakit.merging.shards import StoredChange, write_shards
+from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model, load_tokenizer
 from lorakit.models.resolve import resolve_model
 

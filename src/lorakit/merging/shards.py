@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,9 @@ from torch import Tensor
 from lorakit.errors import MergeError
 from lorakit.files import write_json
 from lorakit.merging.plan import MergePlan, TensorChange, changed_value, updated_config
-from lorakit.models.checkpoint import unreadable
+from lorakit.models.checkpoint import copy_companions, unreadable
 from lorakit.progress import track
 
-# Weights in other layouts, and what belongs to the base alone.
-_LEFT_BEHIND = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".md"}
-)
 _INDEX = "model.safetensors.index.json"
 
 
@@ -120,14 +115,3 @@ def _merge_one(
         max_abs_error=float((value.to(wanted.dtype) - wanted).abs().max()),
         survival=survival,
     )
-
-
-def copy_companions(directory: Path, output: Path) -> None:
-    """Copy tokenizer, generation settings and code: everything but weights and the base's card."""
-    for file in directory.iterdir():
-        name = file.name
-        if not file.is_file() or file.suffix in _LEFT_BEHIND or name.startswith("."):
-            continue
-        if name.endswith(".index.json") or name in ("config.json", "merge.json"):
-            continue
-        shutil.copyfile(file, output / name)

@@ -8,11 +8,18 @@ from typing import Any
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import ConfigError, nearest
 from lorakit.methods.base import Method
+from lorakit.methods.bitfit import BitFitMethod, BitFitSpec
+from lorakit.methods.full import FullMethod, FullSpec
+from lorakit.methods.last_layers import LastLayersMethod, LastLayersSpec
 from lorakit.methods.lora import LoraMethod
+from lorakit.methods.spec import spec_from_dict
 
 # One line per method: its name, and what makes it of the values of its section.
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "lora": lambda options: LoraMethod(LoraSpec.from_dict(options)),
+    "full": lambda options: FullMethod(spec_from_dict(FullSpec, options)),
+    "last_layers": lambda options: LastLayersMethod(spec_from_dict(LastLayersSpec, options)),
+    "bitfit": lambda options: BitFitMethod(spec_from_dict(BitFitSpec, options)),
 }
 
 METHODS = tuple(_BUILDERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ _INDEX = "model.safetensors.index.json"
 # The names safetensors uses in its headers, with the bytes of one element.
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+
+# Weights in other layouts, and what belongs to the base alone.
+_LEFT_BEHIND = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".md"}
+)
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -115,3 +121,14 @@ def _indexed_names(index: Path) -> list[str]:
             remedy="do not use this model: its index has been tampered with",
         )
     return names
+
+
+def copy_companions(directory: Path, output: Path) -> None:
+    """Copy tokenizer, generation settings and code: everything but weights and the base's card."""
+    for file in directory.iterdir():
+        name = file.name
+        if not file.is_file() or file.suffix in _LEFT_BEHIND or name.startswith("."):
+            continue
+        if name.endswith(".index.json") or name in ("config.json", "merge.json"):
+            continue
+        shutil.copyfile(file, output / name)

@@ -1,0 +1,56 @@
+"""What a saved adapter says about its base, and whether a model is that base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorakit.adapters.attachments import find_attachments
+from lorakit.adapters.fingerprint import Fingerprint, fingerprint
+from lorakit.errors import BaseMismatchError
+
+
+def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """The base's fingerprint, name and architecture, as plain values; changes nothing.
+
+    Args:
+        model: the base, with or without adapters attached.
+        left_out: modules whose values are not the base's (heads that start at random).
+    """
+    record = find_attachments(model)
+    if record is not None and record.base_fingerprint is not None:
+        found = record.base_fingerprint
+    else:
+        found = fingerprint(model, left_out=left_out).to_json()
+    config: Any = getattr(model, "config", None)
+    return {
+        **found,
+        "name": str(getattr(config, "name_or_path", "") or ""),
+        "architecture": type(model).__name__,
+        "model_type": str(getattr(config, "model_type", "")),
+    }
+
+
+def require_same_base(model: nn.Module, passport: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the base in the passport; a passport without one says nothing.
+
+    Raises:
+        BaseMismatchError: other layers, shapes or weights.
+    """
+    facts = passport.get("base")
+    if not isinstance(facts, Mapping) or "samples" not in facts:
+        return
+    made_on = Fingerprint.from_json(facts)
+    here = fingerprint(model, left_out=made_on.left_out)
+    difference = made_on.difference(here)
+    if difference:
+        config: Any = getattr(model, "config", None)
+        raise BaseMismatchError(
+            "this adapter was made for another base model",
+            expected=f"{facts.get('name') or 'unnamed'} ({made_on.sha256[:12]})",
+            found=f"{getattr(config, 'name_or_path', None) or 'unnamed'} "
+            f"({here.sha256[:12]}): {difference}",
+            remedy="load that base, or ask for any base by name: any_base=True, --any-base",
+        )
