@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lorakit.models.load import Ref, load_config, model_class
 from lorakit.models.quiet import quiet_transformers
+from lorakit.models.task_head import ClassificationHead, classifier_class
 
 
 def empty_model(ref: Ref) -> PreTrainedModel:
@@ -34,3 +35,14 @@ def empty_from_config(config: PretrainedConfig) -> PreTrainedModel:
             model = cast(PreTrainedModel, wanted.from_config(config))
     model.tie_weights()
     return model
+
+
+def empty_classifier(config: PretrainedConfig, head: ClassificationHead) -> PreTrainedModel:
+    """The model of a configuration with a classification head, every parameter on the meta device.
+
+    Raises:
+        ModelError: the architecture has no classification head.
+    """
+    changed = head.configured(config)
+    with quiet_transformers(), torch.device("meta"):
+        return classifier_class(changed)(changed)

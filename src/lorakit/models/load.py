@@ -31,6 +31,12 @@ from lorakit.errors import LorakitWarning, MemoryPlanError, ModelError, nearest
 from lorakit.models.checkpoint import estimate_model_bytes, unreadable, weight_files
 from lorakit.models.quiet import quiet_transformers
 from lorakit.models.resolve import ResolvedModel, read_config, resolve_model
+from lorakit.models.task_head import (
+    ClassificationHead,
+    classifier_class,
+    own_head_names,
+    without_own_head,
+)
 
 Ref = str | os.PathLike[str]
 DType = str | torch.dtype | None
@@ -84,9 +90,21 @@ def load_base_model(
     *,
     dtype: DType = None,
     device: str | torch.device | None = None,
+    head: ClassificationHead | None = None,
 ) -> PreTrainedModel:
-    """The model alone, as `load_model` gives it; for models that have no tokenizer."""
-    return _weights_of(resolve_model(ref), quantize, dtype=dtype, device=device)
+    """The model alone, as `load_model` gives it, or with a classification head in place of its own.
+
+    Args:
+        ref: see `load_model`.
+        quantize: see `load_model`.
+        dtype: see `load_model`.
+        device: see `load_model`.
+        head: the classification head; its weights start from its seed unless the files hold them.
+
+    Raises:
+        ModelError: also where the architecture has no classification head.
+    """
+    return _weights_of(resolve_model(ref), quantize, dtype=dtype, device=device, head=head)
 
 
 def load_tokenizer(ref: Ref) -> PreTrainedTokenizerBase:
@@ -200,6 +218,7 @@ def _weights_of(
     *,
     dtype: DType,
     device: str | torch.device | None,
+    head: ClassificationHead | None = None,
 ) -> PreTrainedModel:
     if quantize is not None:
         raise ModelError(
@@ -213,16 +232,40 @@ def _weights_of(
     torch_dtype = resolve_dtype(dtype, target)
     config = _config_of(resolved.path)
     wanted = model_class(config)
+    own: tuple[str, ...] = ()
+    if head is not None:
+        own = own_head_names(wanted, config)
+        config = head.configured(config)
+        wanted = classifier_class(config)
     _require_memory(resolved, torch_dtype, target)
-    model, info = _read(wanted, resolved.path, torch_dtype)
+    model, info = _read(wanted, resolved.path, torch_dtype, None if head is None else config)
+    if head is not None:
+        info = _with_head(model, head, info, own)
     _report(resolved, info)
     # A cache path means nothing on another machine: adapters name their base by this.
     model.config.name_or_path = resolved.ref
     return cast(PreTrainedModel, model.to(target)).eval()  # pyright: ignore[reportArgumentType]
 
 
+def _with_head(
+    model: PreTrainedModel, head: ClassificationHead, info: dict[str, Any], own: tuple[str, ...]
+) -> dict[str, Any]:
+    """Start the head, and leave what belongs to it or to the base's own head out of the report."""
+    # A head of another size comes as (name, stored shape, shape of the model).
+    refused = [str(mismatch[0]) for mismatch in info["mismatched_keys"]]
+    missing = head.start(model, [*info["missing_keys"], *refused])
+    return {
+        **info,
+        "missing_keys": missing,
+        "unexpected_keys": without_own_head(info["unexpected_keys"], own),
+    }
+
+
 def _read(
-    wanted: type[PreTrainedModel], directory: Path, dtype: torch.dtype | None
+    wanted: type[PreTrainedModel],
+    directory: Path,
+    dtype: torch.dtype | None,
+    config: PretrainedConfig | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     files = weight_files(directory)
     with quiet_transformers() as reports:
@@ -233,6 +276,9 @@ def _read(
                 output_loading_info=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                config=config,
+                # With a head of our own, a stored head of another size is left behind.
+                ignore_mismatched_sizes=config is not None,
             )
         except SafetensorError as error:
             raise unreadable(files[0] if len(files) == 1 else directory, error) from error

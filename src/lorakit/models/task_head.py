@@ -1,0 +1,171 @@
+"""A classification head on any base: what the model is, where its head is, how it starts."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lorakit.errors import LorakitWarning, ModelError
+
+# Their positions begin behind the padding token's id, so that many of the table are never used.
+_POSITIONS_AFTER_PADDING = frozenset(
+    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
+)
+_DEFAULT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationHead:
+    """A head with one output per class, or one number.
+
+    Attributes:
+        names: the classes in the order of their ids; empty for a number.
+        pad_token_id: what batches are padded with.
+        seed: of the head's first weights.
+    """
+
+    names: tuple[str, ...]
+    pad_token_id: int
+    seed: int
+
+    def configured(self, config: PretrainedConfig) -> PretrainedConfig:
+        """A copy of the base's configuration that asks for this head."""
+        changed = copy.deepcopy(config)
+        names = self.names or ("LABEL_0",)
+        # First, because it renames all classes where their number changes.
+        changed.num_labels = len(names)
+        changed.id2label = dict(enumerate(names))
+        changed.label2id = {name: index for index, name in enumerate(names)}
+        changed.problem_type = "single_label_classification" if self.names else "regression"
+        # Decoders find a row's last token by it, also where the base itself does without.
+        changed.get_text_config().pad_token_id = self.pad_token_id
+        changed.pad_token_id = self.pad_token_id
+        return changed
+
+    def start(self, model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+        """Give every head module that no file filled its first weights; mutates the model.
+
+        W ~ N(0, initializer_range^2) and b = 0, from this head's seed alone.
+
+        Returns:
+            The missing tensors that are not the head's.
+        """
+        heads = head_modules(model)
+        mine = {n for n in missing if any(n.startswith(f"{head}.") for head in heads)}
+        generator = torch.Generator().manual_seed(self.seed)
+        std = float(getattr(model.config, "initializer_range", None) or _DEFAULT_STD)
+        for head in heads:
+            for name, parameter in model.get_submodule(head).named_parameters(prefix=head):
+                # Drawn also where it is not used: one tensor's values must not hang on another's.
+                drawn = torch.randn(parameter.shape, generator=generator) * std
+                if name in mine:
+                    fresh = torch.zeros_like(drawn) if parameter.ndim == 1 else drawn
+                    with torch.no_grad():
+                        parameter.copy_(fresh)
+        if heads and not mine:
+            warnings.warn(
+                f"the base has a trained head of {len(self.names) or 1} outputs of its own: it is "
+                "the start",
+                LorakitWarning,
+                stacklevel=2,
+            )
+        return sorted(set(missing) - mine)
+
+
+def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that puts a classification head on this architecture.
+
+    Raises:
+        ModelError: there is none, or it is a sequence-to-sequence model.
+    """
+    known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if not known or config.is_encoder_decoder:
+        raise ModelError(
+            f"the model type {config.model_type!r} cannot classify sequences here",
+            where=config.name_or_path or "config.json, key model_type",
+            expected="an encoder (BERT, RoBERTa, DeBERTa-v2) or a decoder (Llama, Qwen, GPT-2)",
+            found="a sequence-to-sequence model" if config.is_encoder_decoder else None,
+            remedy="take another base, such as minilm-l6-v2",
+        )
+    found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    return cast(type[PreTrainedModel], found)
+
+
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """The modules of a classifier that are not its pretrained body: what task classify trains.
+
+    `classifier` in BERT and RoBERTa, `pooler` and `classifier` in DeBERTa-v2, `score` in decoders.
+    """
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and next(child.parameters(), None) is not None
+    )
+
+
+def own_head_names(wanted: type[PreTrainedModel], config: PretrainedConfig) -> tuple[str, ...]:
+    """The top-level modules of the base's own task head (`lm_head`, `cls`), which is left behind.
+
+    Args:
+        wanted: the class that the base's configuration names.
+        config: the base's configuration.
+    """
+    if not issubclass(wanted, PreTrainedModel):
+        return ()
+    with torch.device("meta"):
+        model = wanted(config)
+    names = [name for name, _ in model.named_children()]
+    prefix = model.base_model_prefix
+    return tuple(name for name in names if name != prefix) if prefix in names else ()
+
+
+def without_own_head(unexpected: Iterable[str], own: Iterable[str]) -> list[str]:
+    """The unexpected tensors that are not the base's own head."""
+    heads = tuple(f"{name}." for name in own)
+    return sorted(name for name in unexpected if not name.startswith(heads or ("\0",)))
+
+
+def padding_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to pad with: the model's padding token, else the tokenizer's, else the end of text.
+
+    Raises:
+        ModelError: none of them is there.
+    """
+    text = config.get_text_config()
+    candidates: list[Any] = [text.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    for found in candidates:
+        if isinstance(found, int) and 0 <= found < text.vocab_size:
+            return found
+    raise ModelError(
+        "there is no token to pad with",
+        where=config.name_or_path or None,
+        expected="a pad_token or an eos_token",
+        remedy="set the tokenizer's pad_token",
+    )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The most tokens the model has positions for; None where there is no end."""
+    text = config.get_text_config()
+    values: Mapping[str, Any] = text.to_dict()
+    # GPT-2 and others keep it under another name that an attribute map knows.
+    most = values.get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    if not isinstance(most, int) or most < 1:
+        return None
+    if text.model_type in _POSITIONS_AFTER_PADDING:
+        return most - int(text.pad_token_id or 0) - 1
+    return most
+
+
+def head_parameters(model: nn.Module, names: Iterable[str]) -> int:
+    """Learned numbers in these modules."""
+    return sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
