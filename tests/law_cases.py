@@ -90,6 +90,43 @@ CASES: dict[str, Case] = {
         "bert", {"targets": ("word_embeddings", "token_type_embeddings", "query"), "r": 2}
     ),
     "t5-embeddings": Case("t5", {"targets": ("embed_tokens", "q")}, _TIED),
+    # DoRA: every geometry, parts, scalings, biases, tied weights.
+    "llama-dora": Case("llama", {"targets": "all-linear", "update": "dora", "r": 5}),
+    "llama-dora-patterns-rslora": Case(
+        "llama",
+        {
+            "targets": "qv",
+            "update": "dora",
+            "scaling": "alpha/sqrt(r)",
+            "rank_pattern": {"v_proj": 6},
+            "alpha_pattern": {"q_proj": 2.0},
+        },
+    ),
+    "gpt2-dora": Case("gpt2", {"targets": "all-linear", "update": "dora"}),
+    "gpt2-dora-parts-ranks": Case(
+        "gpt2",
+        {
+            "targets": ("c_attn.q", "c_attn.v"),
+            "update": "dora",
+            "rank_pattern": {"c_attn.v": 5},
+            "alpha_pattern": {"h.1.attn.c_attn.q": 4.0},
+        },
+    ),
+    "bloom-dora-qv": Case("bloom", {"update": "dora"}),
+    "phi3-dora-parts": Case("phi3", {"targets": ("qkv_proj.v", "o_proj"), "update": "dora"}),
+    "vit-dora-conv": Case("vit", {"targets": ("projection", "q_proj"), "update": "dora"}),
+    "vit-dora-conv-bias": Case(
+        "vit", {"targets": ("projection",), "update": "dora", "bias": "lora_only"}
+    ),
+    "bert-dora-embeddings": Case(
+        "bert", {"targets": ("word_embeddings", "query"), "update": "dora", "r": 2}
+    ),
+    "gemma3-dora-embedding": Case(
+        "gemma3_text", {"targets": ("embed_tokens",), "update": "dora"}, _TIED
+    ),
+    "bert-dora-bias-all": Case(
+        "bert", {"targets": ("query", "dense"), "update": "dora", "bias": "all"}
+    ),
     # Biases.
     "bert-bias-lora-only": Case("bert", {"targets": ("query", "value"), "bias": "lora_only"}),
     "gpt2-bias-lora-only": Case("gpt2", {"targets": ("c_attn",), "bias": "lora_only"}),

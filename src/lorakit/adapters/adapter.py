@@ -10,14 +10,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import StateError
 from lorakit.layers.kinds import KINDS
-from lorakit.layers.low_rank import whole_delta
+from lorakit.layers.low_rank import UpdateValues
 from lorakit.layers.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One update s B A.
+    """One update: s B A, and for DoRA the magnitude of the sum's rows.
 
     Attributes:
         A: (r, in), or the kind's shape.
@@ -27,6 +28,7 @@ class Factors:
         kind: the geometry, a key of `lorakit.layers.kinds.KINDS`.
         module: the adapted module's name.
         rows: the part's rows of a fused output, or None.
+        magnitude: DoRA's m, (out,), or None for LoRA.
     """
 
     A: Tensor
@@ -36,15 +38,37 @@ class Factors:
     kind: str
     module: str
     rows: Rows | None = None
+    magnitude: Tensor | None = None
 
     @property
     def r(self) -> int:
         """The rank."""
         return self.A.shape[0]
 
-    def delta(self) -> Tensor:
-        """S B A in float32, in the layout of the whole base weight."""
-        return whole_delta(KINDS[self.kind], self.A, self.B, self.rows) * self.scaling
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The change of the whole base weight, float32, in its layout.
+
+        Args:
+            weight: W0, needed for DoRA alone: LoRA's change s B A does not depend on it.
+
+        Raises:
+            StateError: a DoRA update without `weight`.
+        """
+        if self.magnitude is not None and weight is None:
+            raise StateError(
+                "the change that a DoRA adapter makes depends on the base weight",
+                where=self.module,
+                remedy="give the weight: adapter.delta(module, weight)",
+            )
+        values = UpdateValues(
+            kind=KINDS[self.kind],
+            A=self.A,
+            B=self.B,
+            scaling=self.scaling,
+            rows=self.rows,
+            magnitude=self.magnitude,
+        )
+        return values.delta(weight)
 
 
 class AdapterFiles(Protocol):
@@ -69,6 +93,8 @@ class Adapter:
         biases: adapted module -> its trained bias, (out,).
         overrides: full parameter name -> value, for modules and biases trained beside.
         passport: where it comes from: base fingerprint, data, seed, versions, metrics.
+        base_norms: module -> row norms of W0, (out,), where DoRA adapts only parts of a fused
+            output: PEFT's file needs a number for every row.
         base_weights: module -> frozen weight that a foreign file carries; it must be the base's.
         target_modules: the shortest names that mean exactly the adapted modules; may be empty.
         config: keys of a foreign adapter_config.json that are kept as they came.
@@ -79,6 +105,7 @@ class Adapter:
     biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     overrides: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     passport: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    base_norms: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     base_weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     target_modules: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -86,6 +113,9 @@ class Adapter:
     def num_params(self) -> int:
         """All learned numbers."""
         low_rank = sum(f.A.numel() + f.B.numel() for f in self.factors.values())
+        low_rank += sum(
+            f.magnitude.numel() for f in self.factors.values() if f.magnitude is not None
+        )
         beside = [*self.biases.values(), *self.overrides.values()]
         return low_rank + sum(t.numel() for t in beside)
 
@@ -96,13 +126,18 @@ class Adapter:
             grouped.setdefault(factors.module, {})[name] = factors
         return grouped
 
-    def delta(self, module: str) -> Tensor:
+    def delta(self, module: str, weight: Tensor | None = None) -> Tensor:
         """The whole change of one module's weight, float32, in the base weight's layout.
+
+        Args:
+            module: the adapted module.
+            weight: its W0, in the base's layout; needed for DoRA alone.
 
         Raises:
             KeyError: the adapter does not adapt this module.
+            StateError: a DoRA adapter without `weight`.
         """
-        parts = [f.delta() for f in self.modules()[module].values()]
+        parts = [f.delta(weight) for f in self.modules()[module].values()]
         total = parts[0]
         for part in parts[1:]:
             total = total + part

@@ -24,17 +24,19 @@ from lorakit.adapters.attachments import (
 from lorakit.adapters.plan import AdapterPlan, Site, plan_adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
-from lorakit.errors import StateError
+from lorakit.errors import SpecError, StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
 from lorakit.layers.kinds import KINDS, kind_of
 from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.overridden import OverriddenModule, Override
+from lorakit.layers.updates import RULES, fresh_norms
 
 
 def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default") -> AdapterPlan:
     """Put a new adapter on the model, freeze the base, and leave the adapter active.
 
-    The model computes exactly what it did before, because B A starts at zero. Mutates `model`:
+    The model computes exactly what it did before: B A starts at zero, and DoRA's magnitude at the
+    norms of the weight's rows. Mutates `model`:
     targeted modules are wrapped in place; the base's parameters no longer require gradients, and
     neither do those of adapters attached before.
 
@@ -193,13 +195,32 @@ def _new_branch(layer: AdaptedLayer, sites: Sequence[Site], spec: LoraSpec) -> B
         lora_A = torch.empty(shape_A, dtype=dtype, device=weight.device)
         lora_B = torch.empty(shape_B, dtype=dtype, device=weight.device)
         layer.kind.init(lora_A, lora_B, spec.init)
-        parts.append(
-            LowRank(
-                lora_A, lora_B, scaling=site.scaling, dropout=spec.dropout, rows=site.rows
-            ).train(layer.training)
-        )
+        update = LowRank(
+            lora_A,
+            lora_B,
+            scaling=site.scaling,
+            rule=RULES[site.update],
+            dropout=spec.dropout,
+            rows=site.rows,
+        ).train(layer.training)
+        if site.update == "dora":
+            update.magnitude = nn.Parameter(_first_norms(layer, update, site))
+        parts.append(update)
     bias = _factor(layer.base.get_parameter("bias")) if sites[0].bias else None
     return Branch(parts, bias)
+
+
+def _first_norms(layer: AdaptedLayer, update: LowRank, site: Site) -> Tensor:
+    norms = fresh_norms(update, layer)
+    num_empty = 0 if norms.is_meta else int((norms == 0).sum())
+    if num_empty:
+        raise SpecError(
+            "DoRA needs a direction in every row of the weight, and a row of zeros has none",
+            where=site.name,
+            found=f"{num_empty} of {norms.numel()} rows are zero",
+            remedy="leave this layer out of the targets, or use update: lora",
+        )
+    return norms
 
 
 def active_adapter(model: nn.Module) -> str | tuple[str | None, ...] | None:

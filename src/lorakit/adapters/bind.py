@@ -25,7 +25,10 @@ from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site, whole_modules
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
+from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
+from lorakit.layers.low_rank import Branch
+from lorakit.layers.updates import base_norms as rows_of_base
 
 _SHOWN = 12
 
@@ -48,6 +51,7 @@ def adapter_from_model(
     record = attachments_of(model)
     factors: dict[str, Factors] = {}
     biases: dict[str, Tensor] = {}
+    base_norms: dict[str, Tensor] = {}
     by_module = plan.modules()
     for layer in adapted_layers(model):
         branch = layer.branch_of(name)
@@ -62,7 +66,11 @@ def adapter_from_model(
                 kind=site.kind,
                 module=site.module,
                 rows=site.rows,
+                magnitude=None if update.magnitude is None else _copy(update.magnitude),
             )
+        norms = _rest_norms(layer, branch)
+        if norms is not None:
+            base_norms[layer.name] = norms
         if branch.bias is not None:
             biases[layer.name] = _copy(branch.bias)
     overrides: dict[str, Tensor] = {}
@@ -79,6 +87,7 @@ def adapter_from_model(
         biases=biases,
         overrides=overrides,
         passport=known,
+        base_norms=base_norms,
         target_modules=_short_names(model, list(by_module)),
         config=_foreign_facts(model),
     )
@@ -151,6 +160,14 @@ def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _rest_norms(layer: AdaptedLayer, branch: Branch) -> Tensor | None:
+    """Row norms of the base for the rows that no part owns, where DoRA adapts parts."""
+    updates = branch.updates()
+    if updates[0].magnitude is None or updates[0].rows is None:
+        return None
+    return _copy(rows_of_base(layer))
 
 
 _TASKS = {
@@ -256,6 +273,9 @@ def _site_for(
     found = (tuple(factors.A.shape), tuple(factors.B.shape))
     if found != expected:
         return f"misshapen: {name}: expected A {expected[0]}, B {expected[1]}, found {found}"
+    if factors.magnitude is not None and tuple(factors.magnitude.shape) != shape[:1]:
+        found_m = tuple(factors.magnitude.shape)
+        return f"misshapen: {name}: expected a magnitude {shape[:1]}, found {found_m}"
     return Site(
         name=name,
         module=factors.module,
@@ -266,6 +286,7 @@ def _site_for(
         scaling=factors.scaling,
         rows=factors.rows,
         bias=name_bias,
+        update="lora" if factors.magnitude is None else "dora",
     )
 
 
@@ -299,6 +320,8 @@ def _fill(model: nn.Module, adapter: Adapter, name: str) -> None:
             for update, factors in zip(branch.updates(), mine, strict=True):
                 update.lora_A.copy_(factors.A)
                 update.lora_B.copy_(factors.B)
+                if update.magnitude is not None and factors.magnitude is not None:
+                    update.magnitude.copy_(factors.magnitude)
             if branch.bias is not None:
                 branch.bias.copy_(adapter.biases[layer.name])
         for module in overridden_modules(model):

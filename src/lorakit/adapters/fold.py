@@ -41,7 +41,9 @@ class Merged:
 
 
 def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merged:
-    """Fold an adapter into the base weights: W = W0 + s B A, added in float32, stored as W0 was.
+    """Fold an adapter into the base weights, in float32, stored as W0 was.
+
+    W = W0 + s B A for LoRA, m (W0 + s B A) / ||W0 + s B A||_c for DoRA.
 
     The model then runs at the base's speed, with this adapter on for every row. Mutates `model`;
     the adapter itself is not changed. The original parameters are kept so that `unmerge` restores

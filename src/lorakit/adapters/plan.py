@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
-from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
+from lorakit.errors import LorakitWarning, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
 from lorakit.layers.rows import Rows
 from lorakit.weights.dense import is_dense
@@ -35,6 +35,7 @@ class Site:
         scaling: the factor in front of BA.
         rows: the part's rows of the fused output, or None.
         bias: whether the module's bias is trained beside.
+        update: the update rule, a key of `lorakit.layers.updates.RULES`.
     """
 
     name: str
@@ -46,11 +47,13 @@ class Site:
     scaling: float
     rows: Rows | None = None
     bias: bool = False
+    update: str = "lora"
 
     def num_params(self) -> int:
-        """Learned numbers in A and B; the bias belongs to the module, see AdapterPlan."""
+        """Learned numbers in A, B and DoRA's m; the bias is the module's, see AdapterPlan."""
         A, B = KINDS[self.kind].factor_shapes(self.shape, self.r)
-        return math.prod(A) + math.prod(B)
+        magnitude = self.shape[0] if self.update == "dora" else 0
+        return math.prod(A) + math.prod(B) + magnitude
 
     @property
     def part(self) -> str | None:
@@ -126,12 +129,6 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
         TargetError: a target, pattern or module name matches nothing or cannot be adapted.
         SpecError: the spec asks for what cannot be done here, with the reason.
     """
-    if spec.update != "lora":
-        raise SpecError(
-            f"the update rule {spec.update!r} is not available in this version",
-            where="update",
-            expected="'lora'",
-        )
     found = resolve_targets(model, spec.targets)
     _refuse_unstorable(found)
     sites = tuple(_site(candidate, spec) for candidate in found)
@@ -187,6 +184,7 @@ def _site(candidate: Candidate, spec: LoraSpec) -> Site:
         scaling=spec.scale(r=r, alpha=alpha),
         rows=candidate.rows,
         bias=spec.bias != "none" and has_bias,
+        update=spec.update,
     )
 
 

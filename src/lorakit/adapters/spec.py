@@ -18,7 +18,10 @@ Bias = Literal["none", "lora_only", "all"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSpec:
-    """What adapter to learn: h = W0 x + s B A x (Hu et al. 2021, eq. 3).
+    """What adapter to learn: LoRA or DoRA.
+
+    LoRA is W0 + s B A (Hu et al. 2021, eq. 3); DoRA is m (W0 + s B A) / ||W0 + s B A||_c (Liu et
+    al. 2024, eq. 5).
 
     Raises:
         SpecError: a value that cannot be; the message names the field.
@@ -34,7 +37,9 @@ class LoraSpec:
             "projections (c_attn.q), regular expressions"
         },
     )
-    update: Update = field(default="lora", metadata={"help": "update rule"})
+    update: Update = field(
+        default="lora", metadata={"help": "update rule: lora, or dora (magnitude and direction)"}
+    )
     scaling: Scaling = field(
         default="alpha/r", metadata={"help": "alpha/r, or alpha/sqrt(r) (rsLoRA)"}
     )

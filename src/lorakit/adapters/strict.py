@@ -32,6 +32,8 @@ def not_finite(adapter: Adapter) -> list[str]:
     named: list[tuple[str, Tensor]] = []
     for name, factors in adapter.factors.items():
         named += [(f"{name} A", factors.A), (f"{name} B", factors.B)]
+        if factors.magnitude is not None:
+            named.append((f"{name} magnitude", factors.magnitude))
     named += [*adapter.biases.items(), *adapter.overrides.items()]
     return [f"not finite: {name}" for name, t in named if not bool(torch.isfinite(t).all())]
 

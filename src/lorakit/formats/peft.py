@@ -2,16 +2,17 @@
 
 adapter_config.json, adapter_model.safetensors; keys are `base_model.model.` + the module's name +
 `.lora_A.weight` (r, in), `.lora_B.weight` (out, r); embeddings `.lora_embedding_A` (r, vocabulary),
-`.lora_embedding_B` (width, r); trained biases `.base_layer.bias` on adapted modules; modules
+`.lora_embedding_B` (width, r); DoRA's `.lora_magnitude_vector` (out,), for a convolution
+(1, out, 1, 1); trained biases `.base_layer.bias` on adapted modules; modules
 trained beside under their plain names. Parts of a fused projection are written as one update of
-the whole: A stacked, B zero-padded into a block matrix, rank and alpha multiplied.
+the whole: A stacked, B zero-padded into a block matrix, rank and alpha multiplied; the magnitude
+of rows that no part owns is the base's own norm, so that PEFT leaves them as they are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace as replaced
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -34,13 +35,14 @@ from lorakit.formats.peft_config import (
     read_config,
     spec_from_config,
 )
-from lorakit.math.scaling import Scaling, alpha_for
+from lorakit.formats.peft_parts import parts_fit, split_parts, stack_magnitudes, stack_parts
 
 TENSORS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<plain>[AB])(?:\.default)?\.weight"
-    r"|lora_embedding_(?P<embedding>[AB])(?:\.default)?)$"
+    r"|lora_embedding_(?P<embedding>[AB])(?:\.default)?"
+    r"|lora_(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)$"
 )
 
 
@@ -102,12 +104,15 @@ def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> Non
     tensors: dict[str, Tensor] = {}
     stacked: dict[str, tuple[int, float]] = {}
     for module, sites in adapter.modules().items():
-        A, B, scaling = _stack(list(sites.values()))
+        A, B, scaling = stack_parts(list(sites.values()))
         stacked[module] = (A.shape[0], scaling)
         embedding = next(iter(sites.values())).kind == "embedding"
         for letter, value in (("A", A), ("B", B)):
             ending = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
             tensors[f"{_PREFIX}{module}.{ending}"] = value
+        if adapter.spec.update == "dora":
+            whole = stack_magnitudes(list(sites.values()), adapter.base_norms.get(module))
+            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = whole
     for module, bias in adapter.biases.items():
         tensors[f"{_PREFIX}{module}.base_layer.bias"] = bias
     for name, value in adapter.overrides.items():
@@ -117,19 +122,6 @@ def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> Non
         save_file(tensors, str(staging / TENSORS_NAME), metadata={"format": "pt"})
         write_json(staging / CONFIG_NAME, dict(sorted(config_for(adapter, stacked).items())))
         write_passport(adapter, staging)
-
-
-def _stack(parts: list[Factors]) -> tuple[Tensor, Tensor, float]:
-    """One (A, B, scaling) for the whole module: A stacked, B block-wise, one scaling for all."""
-    if len(parts) == 1 and parts[0].rows is None:
-        return parts[0].A, parts[0].B, parts[0].scaling
-    scaling = parts[0].scaling
-    blocks = [
-        (p.rows.spread(p.B.T).T if p.rows else p.B)
-        * (1.0 if p.scaling == scaling else p.scaling / scaling)
-        for p in parts
-    ]
-    return torch.cat([p.A for p in parts]), torch.cat(blocks, dim=1), scaling
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -167,10 +159,15 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
         whole = _whole_factors(config, spec, module, pair)
         if isinstance(whole, str):
             problems.append(whole)
-        elif not _fits(records.get(module, []), whole):
+        elif not parts_fit(records.get(module, []), whole):
             problems.append(f"misshapen: {module}: not the parts that the passport names")
         else:
-            factors.update(_split(whole, records.get(module, []), spec.scaling))
+            factors.update(split_parts(whole, records.get(module, []), spec.scaling))
+    base_norms = {
+        m: pair["magnitude"].flatten()
+        for m, pair in pairs.items()
+        if "magnitude" in pair and any(r.rows for r in records.get(m, []))
+    }
     base_weights = {m: pair["base"] for m, pair in pairs.items() if "base" in pair}
     problems += [f"missing: {m}: targeted, no tensors" for m in records if m not in pairs]
     if not tensors:
@@ -181,6 +178,7 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
         biases=biases,
         overrides=overrides,
         passport=passport,
+        base_norms=base_norms,
         base_weights=base_weights,
         target_modules=_targeted(config),
         config=config,
@@ -231,7 +229,7 @@ def _sort_keys(
             continue  # PEFT's copy of the base's own values, beside modules_to_save
         found = _FACTOR.match(name)
         if found:
-            letter = found["plain"] or found["embedding"]
+            letter = found["plain"] or found["embedding"] or found["magnitude"]
             pair = pairs.setdefault(found["module"], {})
             pair[letter] = value
             if found["embedding"]:
@@ -286,47 +284,22 @@ def _whole_factors(
     else:
         kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
     scaling = spec.scale(r=r, alpha=alpha)
-    return Factors(A=A, B=B, alpha=alpha, scaling=scaling, kind=kind, module=module)
-
-
-def _fits(records: list[SiteRecord], whole: Factors) -> bool:
-    """Whether the passport's sites can be cut from this update."""
-    if not records or records[0].rows is None:
-        return len(records) <= 1
-    parts = [r.rows for r in records if r.rows is not None]
-    inside = all(p.start >= 0 and 0 < p.length <= p.step - p.start for p in parts)
-    rank = sum(r.r for r in records)
-    whole_rows = {p.whole for p in parts}
-    return inside and rank == whole.r and whole_rows == {whole.B.shape[0]} and whole.B.ndim == 2
-
-
-def _split(whole: Factors, records: list[SiteRecord], rule: Scaling) -> dict[str, Factors]:
-    """The parts of a fused projection again, where the passport tells them."""
-    if not records:
-        return {whole.module: whole}
-    if records[0].rows is None:
-        record = records[0]
-        return {record.name: replaced(whole, kind=record.kind)}
-    factors: dict[str, Factors] = {}
-    start = 0
-    for record in records:
-        if record.rows is None:
-            continue
-        columns = whole.B[:, start : start + record.r]
-        # The file has one scaling for all parts, folded into B where they differ: it stays folded,
-        # so that reading and writing again changes no bit.
-        same = record.scaling == whole.scaling
-        factors[record.name] = Factors(
-            A=whole.A[start : start + record.r],
-            B=record.rows.take(columns.T).T.contiguous(),
-            alpha=record.alpha if same else alpha_for(whole.scaling, record.r, rule),
-            scaling=whole.scaling,
-            kind=record.kind,
-            module=whole.module,
-            rows=record.rows,
+    magnitude = pair.get("magnitude")
+    if (magnitude is not None) != (spec.update == "dora"):
+        return (
+            f"missing: {module}: lora_magnitude_vector, and the configuration says use_dora"
+            if magnitude is None
+            else f"extra: {module}: lora_magnitude_vector, and the configuration has no use_dora"
         )
-        start += record.r
-    return factors
+    return Factors(
+        A=A,
+        B=B,
+        alpha=alpha,
+        scaling=scaling,
+        kind=kind,
+        module=module,
+        magnitude=None if magnitude is None else magnitude.flatten(),
+    )
 
 
 def _targeted(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ CONFIG_NAME = "adapter_config.json"
 
 # Keys that change what the adapter computes and that we do not compute: refused unless at rest.
 _REFUSED: dict[str, tuple[object, ...]] = {
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "layer_replication": (None,),
     "megatron_config": (None,),
@@ -44,7 +43,7 @@ _KNOWN = frozenset(
         *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
         *("lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save"),
         *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-        *("target_modules", "task_type", "use_rslora"),
+        *("target_modules", "task_type", "use_dora", "use_rslora"),
     }
 )
 
@@ -131,6 +130,7 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> LoraSpec:
             alpha=config.get("lora_alpha", 8),
             dropout=float(config.get("lora_dropout") or 0.0),
             targets=targets if isinstance(targets, str) else tuple(targets) or "qv",
+            update="dora" if config.get("use_dora") else "lora",
             scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
@@ -183,7 +183,7 @@ def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> di
         "modules_to_save": _modules_to_save(adapter) or None,
         "bias": spec.bias,
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
-        "use_dora": False,
+        "use_dora": spec.update == "dora",
         "rank_pattern": {m: v for m, v in ranks.items() if v != r},
         "alpha_pattern": {m: _plain(v) for m, v in alphas.items() if v != alpha},
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,

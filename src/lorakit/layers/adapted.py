@@ -11,6 +11,7 @@ from lorakit.layers.fused import fused_forward
 from lorakit.layers.kinds import LayerKind
 from lorakit.layers.low_rank import Branch
 from lorakit.layers.routing import Routing, row_groups
+from lorakit.weights.storage import base_weight
 
 
 def module_key(name: str) -> str:
@@ -42,7 +43,7 @@ class Wrapper(nn.Module):
 
 
 class AdaptedLayer(Wrapper):
-    """h = W0 x + sum over the row's adapter of s B A x; forward changes nothing.
+    """h = W0 x + what the row's adapter changes (LoRA: s B A x); forward changes nothing.
 
     Args:
         base: the frozen layer.
@@ -95,22 +96,20 @@ class AdaptedLayer(Wrapper):
         return y
 
     def _add(self, branch: Branch, x: Tensor, y: Tensor) -> Tensor:
+        total = y
         for update in branch.updates():
-            y = y + update.branch(self.kind, self.base, x, _compute_dtype(x, y)).to(y.dtype)
+            # Every part changes the base's output, not what another part made of it.
+            total = total + update.change(self, x, y)
         if branch.bias is not None:
             shift = (branch.bias - self.base.get_parameter("bias")).to(y.dtype)
-            y = y + (shift[:, None, None] if self.kind.name == "conv2d" else shift)
-        return y
+            total = total + self.kind.per_output(shift)
+        return total
 
     def delta(self, name: str) -> Tensor:
-        """The sum of the adapter's updates of this layer's weight, float32, base layout."""
+        """The adapter's change of this layer's weight, float32, base layout."""
         branch = self.branch_of(name)
         if branch is None:
             raise KeyError(name)
-        parts = [update.delta(self.kind) for update in branch.updates()]
+        weight = base_weight(self.base).read()
+        parts = [update.values(self.kind).delta(weight) for update in branch.updates()]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-
-
-def _compute_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """The dtype the branch is computed in: the activations', or the output's for token ids."""
-    return x.dtype if x.is_floating_point() else y.dtype

@@ -52,7 +52,9 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
     factors: list[Tensor] = []
     for update in branch.updates():
         rows = update.rows
-        if (update.training and update.dropout) or (rows is not None and rows.count != 1):
+        if not update.plain or (update.training and update.dropout):
+            return None
+        if rows is not None and rows.count != 1:
             return None
         start = 0 if rows is None else rows.start
         parts.append(Part(update.scaling, start, start + update.lora_B.shape[0]))

@@ -21,6 +21,7 @@ class LayerKind(Protocol):
     """One geometry."""
 
     name: str
+    weight_axis: int  # the axis of the base weight that runs over the outputs
 
     def refusal(self, base: nn.Module) -> str | None:
         """Why this very module cannot be adapted, or None."""
@@ -46,6 +47,14 @@ class LayerKind(Protocol):
         """B A in the layout of the base weight, in the dtype of the factors."""
         ...
 
+    def bias(self, base: nn.Module) -> Tensor | None:
+        """The base's own bias, (out,), or None."""
+        ...
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """One number per output, (out,), shaped to broadcast over the base's output."""
+        ...
+
 
 def _init_projection(weight: Tensor, fan_in: int, how: str) -> None:
     """Gaussian N(0, 1/fan_in) or Kaiming U(-1/sqrt(fan_in), 1/sqrt(fan_in)), in place."""
@@ -61,6 +70,7 @@ class LinearKind:
     """nn.Linear: W (out, in), A (r, in), B (out, r)."""
 
     name = "linear"
+    weight_axis = 0
 
     def refusal(self, base: nn.Module) -> str | None:
         """Why this very module cannot be adapted, or None."""
@@ -90,11 +100,20 @@ class LinearKind:
         """(out, in)."""
         return B @ A
 
+    def bias(self, base: nn.Module) -> Tensor | None:
+        """(out,), or None."""
+        return base.bias if isinstance(base, (nn.Linear, Conv1D)) else None
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """(out,): the output's last axis."""
+        return values
+
 
 class Conv1DKind(LinearKind):
     """GPT-2's Conv1D: a linear layer whose weight is stored transposed, (in, out)."""
 
     name = "conv1d"
+    weight_axis = 1
 
     def refusal(self, base: nn.Module) -> str | None:
         """None: every Conv1D can be adapted."""
@@ -114,6 +133,7 @@ class EmbeddingKind:
     """nn.Embedding: W (vocabulary, width), A (r, vocabulary), B (width, r); in = vocabulary."""
 
     name = "embedding"
+    weight_axis = 1
 
     def refusal(self, base: nn.Module) -> str | None:
         """Why this very module cannot be adapted, or None."""
@@ -148,11 +168,20 @@ class EmbeddingKind:
         """(vocabulary, width)."""
         return (B @ A).T
 
+    def bias(self, base: nn.Module) -> Tensor | None:
+        """None: a look-up has none."""
+        return None
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """(width,): the output's last axis."""
+        return values
+
 
 class Conv2dKind:
     """nn.Conv2d: W (out, in, h, w), A (r, in, h, w), B (out, r, 1, 1)."""
 
     name = "conv2d"
+    weight_axis = 0
 
     def refusal(self, base: nn.Module) -> str | None:
         """Why this very module cannot be adapted, or None."""
@@ -187,12 +216,31 @@ class Conv2dKind:
         """(out, in, h, w)."""
         return torch.einsum("or,rihw->oihw", B[:, :, 0, 0], A)
 
+    def bias(self, base: nn.Module) -> Tensor | None:
+        """(out,), or None."""
+        return base.bias if isinstance(base, nn.Conv2d) else None
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """(out, 1, 1): the output's channel axis."""
+        return values[:, None, None]
+
 
 LINEAR = LinearKind()
 CONV1D = Conv1DKind()
 EMBEDDING = EmbeddingKind()
 CONV2D = Conv2dKind()
 KINDS: dict[str, LayerKind] = {k.name: k for k in (LINEAR, CONV1D, EMBEDDING, CONV2D)}
+
+
+def as_matrix(kind: LayerKind, weight: Tensor) -> Tensor:
+    """A base weight as (out, everything else), a view where the layout allows one."""
+    return weight.movedim(kind.weight_axis, 0).flatten(1)
+
+
+def from_matrix(kind: LayerKind, matrix: Tensor, shape: Shape) -> Tensor:
+    """The inverse of `as_matrix` for a base weight of this `shape`."""
+    moved = (shape[kind.weight_axis], *(n for i, n in enumerate(shape) if i != kind.weight_axis))
+    return matrix.reshape(moved).movedim(0, kind.weight_axis)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

@@ -2,59 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.layers.kinds import LayerKind
+from lorakit.layers.kinds import LayerKind, as_matrix, from_matrix
+from lorakit.layers.norm_cache import NormCache
 from lorakit.layers.rows import Rows
+from lorakit.math.dora import dora_change
 
 
-class LowRank(nn.Module):
-    """One update s B A, of a whole layer or of one part of a fused projection.
+class Host(Protocol):
+    """What an update needs of the layer it changes."""
 
-    Args:
-        lora_A: (r, in) or the kind's shape, float32 as a rule.
-        lora_B: (out, r) or the kind's shape; out is the part's own size.
-        scaling: s, alpha/r or alpha/sqrt(r).
-        dropout: probability on the branch's input, active in train mode.
-        rows: the output rows the part owns; None for the whole layer.
+    base: nn.Module
+    kind: LayerKind
+
+
+class UpdateRule(Protocol):
+    """How A and B (and what else is learned) change the layer: LoRA, DoRA."""
+
+    name: str
+
+    def change(self, update: LowRank, host: Host, x: Tensor, y: Tensor) -> Tensor:
+        """What the update adds to the base's output y = W0 x + b, same shape and dtype.
+
+        Args:
+            update: the learned tensors.
+            host: the layer they belong to.
+            x: the layer's input.
+            y: the base's output for it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateValues:
+    """The values of one update, of a live layer or of a file, and what they mean for the weight.
+
+    Attributes:
+        kind: the geometry.
+        A: (r, in) or the kind's shape.
+        B: (out, r) or the kind's shape; out is the part's size where `rows` is given.
+        scaling: s.
+        rows: the part's rows of a fused projection, or None.
+        magnitude: DoRA's m, (out,), or None for LoRA.
     """
 
-    def __init__(
-        self,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        *,
-        scaling: float,
-        dropout: float = 0.0,
-        rows: Rows | None = None,
-    ) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(lora_B)
-        self.scaling = scaling
-        self.dropout = dropout
-        self.rows = rows
+    kind: LayerKind
+    A: Tensor
+    B: Tensor
+    scaling: float
+    rows: Rows | None = None
+    magnitude: Tensor | None = None
 
-    def branch(self, kind: LayerKind, base: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """S B A x over the whole output, in `dtype` (the activations').
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The change of the whole base weight, float32 or wider, in its layout.
 
-        The factors stay as they are stored; copies of them, not of the activations, are cast.
+        Args:
+            weight: W0 in the base's layout; LoRA's change s B A does not depend on it, DoRA's does.
+
+        Raises:
+            ValueError: a DoRA update without `weight`.
         """
-        if self.training and self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout)
-        y = kind.branch(base, x, self.lora_A.to(dtype), self.lora_B.to(dtype) * self.scaling)
-        return y if self.rows is None else self.rows.spread(y)
+        if self.magnitude is None:
+            return whole_delta(self.kind, self.A, self.B, self.rows) * self.scaling
+        if weight is None:
+            raise ValueError("the change that DoRA makes depends on the base weight")
+        matrix = as_matrix(self.kind, weight)
+        change = dora_change(
+            take_rows(matrix, self.rows),
+            self.A.flatten(1).to(weight.device),
+            self.B.flatten(1).to(weight.device),
+            scaling=self.scaling,
+            magnitude=self.magnitude.to(weight.device),
+        )
+        whole = change if self.rows is None else self.rows.spread(change.T).T
+        return from_matrix(self.kind, whole, tuple(weight.shape))
 
-    def delta(self, kind: LayerKind) -> Tensor:
-        """S B A in float32, in the layout of the whole base weight."""
-        return whole_delta(kind, self.lora_A, self.lora_B, self.rows) * self.scaling
 
-    def extra_repr(self) -> str:
-        """Rank and scaling, for print(model)."""
-        part = "" if self.rows is None else f", rows={self.rows.size} of {self.rows.whole}"
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}{part}"
+def take_rows(matrix: Tensor, rows: Rows | None) -> Tensor:
+    """The part's rows of a matrix (out, in), or all of it."""
+    return matrix if rows is None else rows.take(matrix.T).T
 
 
 def whole_delta(kind: LayerKind, A: Tensor, B: Tensor, rows: Rows | None) -> Tensor:
@@ -68,6 +99,82 @@ def whole_delta(kind: LayerKind, A: Tensor, B: Tensor, rows: Rows | None) -> Ten
     """
     wide_B = B.detach().float() if rows is None else rows.spread(B.detach().float().T).T
     return kind.delta(A.detach().float(), wide_B)
+
+
+class LowRank(nn.Module):
+    """One update of a whole layer or of one part of a fused projection.
+
+    Args:
+        lora_A: (r, in) or the kind's shape, float32 as a rule.
+        lora_B: (out, r) or the kind's shape; out is the part's own size.
+        scaling: s, alpha/r or alpha/sqrt(r).
+        rule: what the tensors mean.
+        dropout: probability on the branch's input, active in train mode.
+        rows: the output rows the part owns; None for the whole layer.
+    """
+
+    def __init__(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        *,
+        scaling: float,
+        rule: UpdateRule,
+        dropout: float = 0.0,
+        rows: Rows | None = None,
+    ) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(lora_A)
+        self.lora_B = nn.Parameter(lora_B)
+        self.magnitude: nn.Parameter | None = None
+        self.scaling = scaling
+        self.rule = rule
+        self.dropout = dropout
+        self.rows = rows
+        self.norms = NormCache()
+
+    @property
+    def plain(self) -> bool:
+        """Whether the update is s B A x and nothing else, so that products can be fused."""
+        return self.magnitude is None
+
+    def change(self, host: Host, x: Tensor, y: Tensor) -> Tensor:
+        """What this update adds to the base's output y, in y's dtype."""
+        return self.rule.change(self, host, x, y)
+
+    def branch(self, host: Host, x: Tensor, B: Tensor) -> Tensor:
+        """B A x over the whole output, in the dtype of the activations, for any B.
+
+        The factors stay as they are stored; copies of them, not of the activations, are cast.
+
+        Args:
+            host: the layer.
+            x: its input, dropout applied.
+            B: lora_B times whatever the rule puts in front, already in the activations' dtype.
+        """
+        y = host.kind.branch(host.base, x, self.lora_A.to(B.dtype), B)
+        return y if self.rows is None else self.rows.spread(y)
+
+    def values(self, kind: LayerKind) -> UpdateValues:
+        """The learned tensors, live, with what is needed to apply them to a weight."""
+        return UpdateValues(
+            kind=kind,
+            A=self.lora_A,
+            B=self.lora_B,
+            scaling=self.scaling,
+            rows=self.rows,
+            magnitude=self.magnitude,
+        )
+
+    def train(self, mode: bool = True) -> LowRank:
+        """Training changes the factors, so nothing computed from them outlives a switch."""
+        self.norms.clear()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """Rule, rank and scaling, for print(model)."""
+        part = "" if self.rows is None else f", rows={self.rows.size} of {self.rows.whole}"
+        return f"{self.rule.name}, r={self.lora_A.shape[0]}, scaling={self.scaling:g}{part}"
 
 
 class Branch(nn.Module):
@@ -86,3 +193,8 @@ class Branch(nn.Module):
     def updates(self) -> list[LowRank]:
         """The parts, typed."""
         return [part for part in self.parts if isinstance(part, LowRank)]
+
+
+def activation_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """The dtype the branch is computed in: the activations', or the output's for token ids."""
+    return x.dtype if x.is_floating_point() else y.dtype

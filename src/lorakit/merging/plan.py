@@ -187,7 +187,7 @@ def changed_value(change: TensorChange, base: Tensor, adapter: Adapter) -> tuple
     """
     wide = base.to(torch.promote_types(base.dtype, torch.float32))
     if change.module is not None:
-        delta = adapter.delta(change.module).to(wide.dtype)
+        delta = adapter.delta(change.module, wide).to(wide.dtype)
         return delta, wide + delta
     if change.override is not None:
         module = change.override.removesuffix(".bias")

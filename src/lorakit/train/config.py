@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,9 +19,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 DEFAULT_EPOCHS = 3.0
-
-# Values of LoraSpec that are kept for a later version.
-_LATER = {"lora.update": "lora; dora is not in this version"}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -295,10 +292,7 @@ class TrainConfig:
     @classmethod
     def fields(cls) -> list[schema.FieldHelp]:
         """Every key of the file with its type, default and meaning."""
-        return [
-            replace(leaf, help=f"{leaf.help}: {_LATER[leaf.name]}") if leaf.name in _LATER else leaf
-            for leaf in schema.leaves(cls)
-        ]
+        return list(schema.leaves(cls))
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

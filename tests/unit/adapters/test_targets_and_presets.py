@@ -345,9 +345,12 @@ def test_also_train_of_an_adapted_module_is_an_error() -> None:
             )
 
 
-def test_dora_is_refused_by_name_and_not_computed_as_lora() -> None:
-    with pytest.raises(SpecError, match="dora"):
-        plan_adapter(tiny_models.build("llama"), LoraSpec(update="dora"))
+def test_dora_plans_one_magnitude_per_output_row() -> None:
+    model = tiny_models.build("gpt2")
+    spec = {"targets": ("c_attn.q", "c_fc", "wpe"), "rank_pattern": {"c_fc": 5}}
+    plain = plan_adapter(model, LoraSpec(**spec))
+    dora = plan_adapter(model, LoraSpec(update="dora", **spec))
+    assert dora.num_params() == plain.num_params() + sum(site.shape[0] for site in dora.sites)
 
 
 def test_the_scaling_is_what_the_papers_say() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import tiny_runs
-from lorakit.errors import ModelError, RequestError, SpecError, TargetError
+from lorakit.errors import ModelError, RequestError, TargetError
 from lorakit.train.config import TrainConfig
 from lorakit.train.prepare import prepare
 from lorakit.train.run import train
@@ -49,7 +49,6 @@ def test_an_encoder_without_a_head_is_refused_first_and_nothing_is_left(encoder)
 @pytest.mark.parametrize(
     ("lora", "kind", "where"),
     [
-        ({"update": "dora"}, SpecError, "lora.update"),
         ({"targets": "q_porj"}, TargetError, "lora.targets"),
     ],
 )
