@@ -15,6 +15,7 @@ from lorakit.layers.kinds import kind_of
 from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.routing import Routing
 from lorakit.layers.rows import Rows
+from lorakit.layers.updates import LORA
 
 IN, OUT, R, SCALING = 6, 10, 3, 2.5
 
@@ -22,7 +23,7 @@ IN, OUT, R, SCALING = 6, 10, 3, 2.5
 def low_rank(rows: Rows | None = None, *, dropout: float = 0.0) -> LowRank:
     size = OUT if rows is None else rows.size
     A, B = torch.randn(R, IN, dtype=torch.float64), torch.randn(size, R, dtype=torch.float64)
-    return LowRank(A, B, scaling=SCALING, dropout=dropout, rows=rows)
+    return LowRank(A, B, scaling=SCALING, rule=LORA, dropout=dropout, rows=rows)
 
 
 def layer(base: nn.Module, *parts: LowRank, bias: Tensor | None = None) -> AdaptedLayer:
