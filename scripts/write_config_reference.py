@@ -21,8 +21,7 @@ _ABOUT = {
     "model": "`model: NAME` is short for `model: {ref: NAME}`. `quantize: nf4` is refused in this "
     "version; the key is kept for the next.",
     "data": "What the columns and templates mean is on [train](train.md#data).",
-    "lora": "The fields of `lorakit.LoraSpec`; targets are on [targets](targets.md). "
-    "`update: dora` is refused in this version; the key is kept for the next.",
+    "lora": "The fields of `lorakit.LoraSpec`; targets are on [targets](targets.md).",
     "train": "",
 }
 

@@ -22,7 +22,7 @@ from lorakit.adapters.plan import whole_modules
 from lorakit.errors import MergeError, StateError
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.weights.base import BaseWeight
-from lorakit.weights.dense import DenseWeight
+from lorakit.weights.storage import base_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,17 +132,17 @@ def _merged_values(model: nn.Module, name: str) -> Iterator[tuple[str, BaseWeigh
         branch = layer.branch_of(name)
         if branch is None:
             continue
-        weight = DenseWeight(layer.base)
+        weight = base_weight(layer.base)
         yield layer.name, weight, merged_weight(weight.read(), layer.delta(name))
         if branch.bias is not None:
-            bias = DenseWeight(layer.base, "bias")
+            bias = base_weight(layer.base, "bias")
             yield f"{layer.name}.bias", bias, branch.bias.detach().to(bias.read().dtype)
     for module in overridden_modules(model):
         override = module.override_of(name)
         if override is not None:
             for parameter, value in override.tensors().items():
                 where = f"{module.name}.{parameter}"
-                target = DenseWeight(module.base, parameter)
+                target = base_weight(module.base, parameter)
                 yield where, target, value.detach().to(target.read().dtype)
 
 
