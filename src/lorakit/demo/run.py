@@ -131,7 +131,7 @@ def _write_data(task: DemoTask, directory: Path) -> None:
 def _config(request: DemoRequest) -> TrainConfig:
     return TrainConfig.from_dict(
         {
-            "model": {"ref": MODEL, "dtype": _dtype(), "attention": "eager"},
+            "model": {"ref": MODEL, "dtype": _dtype(), "attention": "grouped"},
             "data": {"train": str(request.output / "data" / "train.jsonl")},
             "lora": dict(request.task.lora),
             "train": dict(request.task.training),

@@ -18,8 +18,10 @@ from lorakit.data.collate import Collator
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.errors import RequestError, TrainingError
 from lorakit.files import write_json, write_text
+from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.methods.registry import build_method
+from lorakit.models.attention import use_attention
 from lorakit.models.load import load_base_model
 from lorakit.progress import progress
 from lorakit.train.callbacks import (
@@ -152,13 +154,14 @@ class _Run:
         base = self.config.model
         self.model = load_base_model(base.ref, dtype=base.dtype)
         if base.attention is not None:
-            self.model.set_attn_implementation(base.attention)
+            use_attention(self.model, base.attention)
         base_sha256 = fingerprint(self.model).sha256
         if self.start is not None:
             check_same_base(self.start, base_sha256)
         self.identity["base_sha256"] = base_sha256
         set_seed(self.config.seed)
         self.report = self.method.attach(self.model)
+        use_fast_norms(self.model)
         if self.config.train.gradient_checkpointing:
             _checkpoint_activations(self.model)
 
