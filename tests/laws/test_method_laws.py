@@ -54,6 +54,22 @@ METHOD_CASES = {
     "bitfit-bert": MethodCase("bitfit", "bert"),
     "bitfit-added-llama": MethodCase("bitfit", "llama", {"add": True}, merges=False),
     "bitfit-added-qwen2": MethodCase("bitfit", "qwen2", {"add": True}, merges=False),
+    **{
+        f"{method}-{architecture}": MethodCase(
+            method,
+            architecture,
+            {"prefix": 3, "infix": infix, **beside},
+            identity=False,
+            merges=False,
+        )
+        for method in ("prefix_embedding", "prefix_layer")
+        for architecture, infix, beside in (
+            ("llama", 2, {}),
+            ("gemma3_text", 0, {"init": "normal"}),
+            ("gpt2", 2, {"also_train": ["ln_f"]}),
+            ("bert", 1, {"also_train": ["pooler.dense"]}),
+        )
+    },
 }
 
 each_case = pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from lorakit.methods.bitfit import BitFitMethod, BitFitSpec
 from lorakit.methods.full import FullMethod, FullSpec
 from lorakit.methods.last_layers import LastLayersMethod, LastLayersSpec
 from lorakit.methods.lora import LoraMethod
+from lorakit.methods.prefix import PrefixMethod
+from lorakit.methods.prefix_spec import PrefixEmbeddingSpec, PrefixLayerSpec
 from lorakit.methods.spec import spec_from_dict
 
 # One line per method: its name, and what makes it of the values of its section.
@@ -20,6 +22,8 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "full": lambda options: FullMethod(spec_from_dict(FullSpec, options)),
     "last_layers": lambda options: LastLayersMethod(spec_from_dict(LastLayersSpec, options)),
     "bitfit": lambda options: BitFitMethod(spec_from_dict(BitFitSpec, options)),
+    "prefix_embedding": lambda o: PrefixMethod(spec_from_dict(PrefixEmbeddingSpec, o)),
+    "prefix_layer": lambda o: PrefixMethod(spec_from_dict(PrefixLayerSpec, o)),
 }
 
 METHODS = tuple(_BUILDERS)
