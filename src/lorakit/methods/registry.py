@@ -9,12 +9,23 @@ from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import ConfigError, nearest
 from lorakit.methods.base import Method
 from lorakit.methods.bitfit import BitFitMethod, BitFitSpec
+from lorakit.methods.bottleneck import BottleneckMethod, Design
+from lorakit.methods.bottleneck_spec import AdapterDropSpec, BottleneckSpec
 from lorakit.methods.full import FullMethod, FullSpec
 from lorakit.methods.last_layers import LastLayersMethod, LastLayersSpec
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.prefix import PrefixMethod
 from lorakit.methods.prefix_spec import PrefixEmbeddingSpec, PrefixLayerSpec
 from lorakit.methods.spec import spec_from_dict
+
+
+def _bottleneck(design: Design, options: Mapping[str, Any]) -> Method:
+    return BottleneckMethod(design, spec_from_dict(BottleneckSpec, options))
+
+
+def _adapterdrop(spec: AdapterDropSpec) -> Method:
+    return BottleneckMethod(spec.placement, spec)
+
 
 # One line per method: its name, and what makes it of the values of its section.
 _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
@@ -24,6 +35,10 @@ _BUILDERS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "bitfit": lambda options: BitFitMethod(spec_from_dict(BitFitSpec, options)),
     "prefix_embedding": lambda o: PrefixMethod(spec_from_dict(PrefixEmbeddingSpec, o)),
     "prefix_layer": lambda o: PrefixMethod(spec_from_dict(PrefixLayerSpec, o)),
+    "houlsby": lambda options: _bottleneck("houlsby", options),
+    "lin": lambda options: _bottleneck("lin", options),
+    "pfeiffer": lambda options: _bottleneck("pfeiffer", options),
+    "adapterdrop": lambda options: _adapterdrop(spec_from_dict(AdapterDropSpec, options)),
 }
 
 METHODS = tuple(_BUILDERS)
