@@ -70,6 +70,30 @@ METHOD_CASES = {
             ("bert", 1, {"also_train": ["pooler.dense"]}),
         )
     },
+    "houlsby-gpt2": MethodCase("houlsby", "gpt2", {"bottleneck": 3}, merges=False),
+    "houlsby-gemma3": MethodCase(
+        "houlsby", "gemma3_text", {"bottleneck": 3, "train_layer_norms": True}, merges=False
+    ),
+    "houlsby-falcon": MethodCase("houlsby", "falcon", {"bottleneck": 5}, merges=False),
+    "houlsby-bert": MethodCase(
+        "houlsby", "bert", {"bottleneck": 3, "also_train": ["pooler.dense"]}, merges=False
+    ),
+    "lin-llama": MethodCase("lin", "llama", {"bottleneck": 3, "blocks": [1]}, merges=False),
+    "lin-falcon": MethodCase("lin", "falcon-grouped", {"bottleneck": 3}, merges=False),
+    "lin-deberta": MethodCase("lin", "deberta-v2", {"bottleneck": 5}, merges=False),
+    "pfeiffer-roberta": MethodCase(
+        "pfeiffer", "roberta", {"bottleneck": 3, "train_layer_norms": True}, merges=False
+    ),
+    "pfeiffer-opt": MethodCase("pfeiffer", "opt", {"bottleneck": 3}, merges=False),
+    "adapterdrop-bert": MethodCase(
+        "adapterdrop", "bert", {"bottleneck": 3, "drop_first": 1}, merges=False
+    ),
+    "adapterdrop-random-llama": MethodCase(
+        "adapterdrop",
+        "llama",
+        {"bottleneck": 3, "drop_first": 1, "at_random": True, "placement": "houlsby"},
+        merges=False,
+    ),
 }
 
 each_case = pytest.mark.parametrize(
