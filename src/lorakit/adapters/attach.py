@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.adapters.attachments import (
     Attachments,
@@ -21,22 +20,21 @@ from lorakit.adapters.attachments import (
     require_attached,
     start_attachments,
 )
-from lorakit.adapters.plan import AdapterPlan, Site, plan_adapter
+from lorakit.adapters.branches import new_branch, trainable_copy
+from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
-from lorakit.errors import SpecError, StateError
+from lorakit.errors import StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
 from lorakit.layers.kinds import KINDS, kind_of
-from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.overridden import OverriddenModule, Override
-from lorakit.layers.updates import RULES, fresh_norms
 
 
 def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default") -> AdapterPlan:
     """Put a new adapter on the model, freeze the base, and leave the adapter active.
 
-    The model computes exactly what it did before: B A starts at zero, and DoRA's magnitude at the
-    norms of the weight's rows. Mutates `model`:
+    The model computes exactly what it did before: what is added starts at zero, and DoRA's
+    magnitude at the norms of the weight's rows. Mutates `model`:
     targeted modules are wrapped in place; the base's parameters no longer require gradients, and
     neither do those of adapters attached before.
 
@@ -151,7 +149,7 @@ def _install(
             kind = KINDS[sites[0].kind]
             wrapper = AdaptedLayer(base, kind=kind, routing=record.routing, name=module_name)
             _replace(holders, base, wrapper)
-        wrapper.factors[module_key(name)] = _new_branch(wrapper, sites, plan.spec)
+        wrapper.factors[module_key(name)] = new_branch(wrapper, sites, plan.spec)
     for site in plan.overrides:
         wrapper = wrappers.get(site.module)
         base = modules[site.module]
@@ -159,7 +157,7 @@ def _install(
             base = _unwrapped(wrapper, base, plan)
             wrapper = OverriddenModule(base, routing=record.routing, name=site.module)
             _replace(holders, base, wrapper)
-        values = {n: _factor(wrapper.base.get_parameter(n)) for n in site.shapes}
+        values = {n: trainable_copy(wrapper.base.get_parameter(n)) for n in site.shapes}
         wrapper.overrides[module_key(name)] = Override(values)
 
 
@@ -178,49 +176,6 @@ def _replace(
 ) -> None:
     for parent, attribute in holders[id(old)]:
         setattr(parent, attribute, new)
-
-
-def _factor(parameter: Tensor) -> Tensor:
-    """A copy to train: float32 unless the base is wider, on the base's device."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.detach().to(dtype, copy=True)
-
-
-def _new_branch(layer: AdaptedLayer, sites: Sequence[Site], spec: LoraSpec) -> Branch:
-    weight = layer.base.get_parameter("weight")
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    parts: list[LowRank] = []
-    for site in sites:
-        shape_A, shape_B = layer.kind.factor_shapes(site.shape, site.r)
-        lora_A = torch.empty(shape_A, dtype=dtype, device=weight.device)
-        lora_B = torch.empty(shape_B, dtype=dtype, device=weight.device)
-        layer.kind.init(lora_A, lora_B, spec.init)
-        update = LowRank(
-            lora_A,
-            lora_B,
-            scaling=site.scaling,
-            rule=RULES[site.update],
-            dropout=spec.dropout,
-            rows=site.rows,
-        ).train(layer.training)
-        if site.update == "dora":
-            update.magnitude = nn.Parameter(_first_norms(layer, update, site))
-        parts.append(update)
-    bias = _factor(layer.base.get_parameter("bias")) if sites[0].bias else None
-    return Branch(parts, bias)
-
-
-def _first_norms(layer: AdaptedLayer, update: LowRank, site: Site) -> Tensor:
-    norms = fresh_norms(update, layer)
-    num_empty = 0 if norms.is_meta else int((norms == 0).sum())
-    if num_empty:
-        raise SpecError(
-            "DoRA needs a direction in every row of the weight, and a row of zeros has none",
-            where=site.name,
-            found=f"{num_empty} of {norms.numel()} rows are zero",
-            remedy="leave this layer out of the targets, or use update: lora",
-        )
-    return norms
 
 
 def active_adapter(model: nn.Module) -> str | tuple[str | None, ...] | None:

@@ -22,6 +22,7 @@ from lorakit.adapters.attachments import (
 )
 from lorakit.adapters.identity import base_facts, require_same_base
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site, whole_modules
+from lorakit.adapters.spec import NONZERO_INITS
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
@@ -29,6 +30,7 @@ from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
 from lorakit.layers.low_rank import Branch
 from lorakit.layers.updates import base_norms as rows_of_base
+from lorakit.math.scaling import alpha_for
 
 _SHOWN = 12
 
@@ -58,10 +60,12 @@ def adapter_from_model(
         if branch is None:
             continue
         for site, update in zip(by_module[layer.name], branch.updates(), strict=True):
+            A, B = update.effective()
+            r = A.shape[0]
             factors[site.name] = Factors(
-                A=_copy(update.lora_A),
-                B=_copy(update.lora_B),
-                alpha=site.alpha,
+                A=_copy(A),
+                B=_copy(B),
+                alpha=site.alpha if r == site.r else alpha_for(site.scaling, r, plan.spec.scaling),
                 scaling=site.scaling,
                 kind=site.kind,
                 module=site.module,
@@ -80,9 +84,14 @@ def adapter_from_model(
             overrides[f"{module.name}.{parameter}"] = _copy(value)
     known = dict(record.passports.get(name, {}))
     known.update(passport or {})
+    spec = plan.spec
+    if spec.init in NONZERO_INITS:
+        # Saved for the untouched base: s (B A - B0 A0), of twice the rank.
+        known["trained_as"] = spec.to_dict()
+        spec = spec.doubled()
     known["base"] = base_facts(model, whole_modules(plan))
     return Adapter(
-        spec=plan.spec,
+        spec=spec,
         factors=factors,
         biases=biases,
         overrides=overrides,
@@ -318,6 +327,7 @@ def _fill(model: nn.Module, adapter: Adapter, name: str) -> None:
                 continue
             mine = adapter.modules()[layer.name].values()
             for update, factors in zip(branch.updates(), mine, strict=True):
+                update.awaits_data = False
                 update.lora_A.copy_(factors.A)
                 update.lora_B.copy_(factors.B)
                 if update.magnitude is not None and factors.magnitude is not None:

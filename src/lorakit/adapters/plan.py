@@ -11,9 +11,9 @@ from typing import TypeVar
 from torch import nn
 
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
-from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS, LoraSpec
 from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
-from lorakit.errors import LorakitWarning, TargetError, nearest
+from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
 from lorakit.layers.rows import Rows
 from lorakit.weights.dense import is_dense
@@ -134,6 +134,7 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     sites = tuple(_site(candidate, spec) for candidate in found)
     _check_patterns("rank_pattern", spec.rank_pattern, sites)
     _check_patterns("alpha_pattern", spec.alpha_pattern, sites)
+    _refuse_init(spec, sites)
     modules = base_modules(model)
     beside = modules_beside(spec.also_train, modules, {site.module for site in sites})
     biases = _other_biases(spec, modules, sites, beside)
@@ -164,6 +165,31 @@ def _refuse_unstorable(found: list[Candidate]) -> None:
                 expected="a dense float weight",
                 found=type(candidate.module).__name__,
                 remedy="load the base dense: load_model(..., quantize=None)",
+            )
+
+
+def _refuse_init(spec: LoraSpec, sites: Iterable[Site]) -> None:
+    """Starts taken from a matrix's directions need a matrix with enough of them."""
+    if spec.init not in NONZERO_INITS | DATA_INITS:
+        return
+    for site in sites:
+        if site.kind not in ("linear", "conv1d"):
+            raise SpecError(
+                f"the start {spec.init!r} is defined for linear layers only",
+                where="init",
+                found=f"{site.name} is of the kind {site.kind}",
+                remedy="leave the layer out of the targets, or use init: gaussian",
+            )
+        # EVA takes directions of the input alone, LoRA-GA r for A and r others for B.
+        limit = site.shape[1] if spec.init == "eva" else min(site.shape)
+        limit = limit // 2 if spec.init == "lora_ga" else limit
+        if site.r > limit:
+            raise SpecError(
+                f"the start {spec.init!r} needs more directions than the matrix has",
+                where="init",
+                expected=f"a rank of at most {limit} for {site.name}, "
+                f"{site.shape[0]} x {site.shape[1]}",
+                found=f"r={site.r}",
             )
 
 

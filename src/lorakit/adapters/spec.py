@@ -12,7 +12,11 @@ from lorakit.errors import SpecError, nearest
 from lorakit.math.scaling import Scaling, lora_scaling
 
 Update = Literal["lora", "dora"]
-Init = Literal["gaussian", "kaiming"]
+Init = Literal["gaussian", "kaiming", "pissa", "pissa_fast", "olora", "eva", "lora_ga"]
+# Start with B A != 0: the base that is trained against is W0 - s B0 A0.
+NONZERO_INITS = frozenset({"pissa", "pissa_fast", "olora", "lora_ga"})
+# Start from data: `lorakit.adapters.data_init.initialise_from_data` before training.
+DATA_INITS = frozenset({"eva", "lora_ga"})
 Bias = Literal["none", "lora_only", "all"]
 
 
@@ -54,7 +58,9 @@ class LoraSpec:
         default="gaussian",
         metadata={
             "help": "how A starts: gaussian, N(0, 1/in), or kaiming, U(-1/sqrt(in), 1/sqrt(in)) "
-            "as loralib and PEFT do; B starts at zero (for embeddings A does)"
+            "as loralib and PEFT do; B starts at zero (for embeddings A does); pissa (SVD of the "
+            "weight), pissa_fast (randomized SVD), olora (QR); from data: eva (SVD of the layer's "
+            "inputs), lora_ga (SVD of the weight's gradient)"
         },
     )
     bias: Bias = field(
@@ -135,6 +141,18 @@ class LoraSpec:
     def scale(self, *, r: int, alpha: float) -> float:
         """The factor in front of BA at this rank and alpha."""
         return lora_scaling(alpha, r, self.scaling)
+
+    def doubled(self) -> LoraSpec:
+        """The plain request whose factors hold [A; A0] and [B, -B0] at the same scaling."""
+        more = 2.0 if self.scaling == "alpha/r" else math.sqrt(2.0)
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            alpha=more * self.alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: more * alpha for key, alpha in self.alpha_pattern.items()},
+            init="gaussian",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON or YAML; `from_dict` reads them back."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lorakit.errors import StateError
 from lorakit.layers.kinds import LayerKind, as_matrix, from_matrix
 from lorakit.layers.norm_cache import NormCache
 from lorakit.layers.rows import Rows
@@ -127,6 +128,11 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.magnitude: nn.Parameter | None = None
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self.awaits_data = False
         self.scaling = scaling
         self.rule = rule
         self.dropout = dropout
@@ -136,10 +142,28 @@ class LowRank(nn.Module):
     @property
     def plain(self) -> bool:
         """Whether the update is s B A x and nothing else, so that products can be fused."""
-        return self.magnitude is None
+        return self.magnitude is None and self.start_B is None and not self.awaits_data
+
+    def start_here(self) -> None:
+        """Take the present factors as (A0, B0): from now on the update is B A - B0 A0.
+
+        The base stays W0: what a method like PiSSA trains against, W0 - s B0 A0, is never written
+        into the weight, so that other adapters, and none, still run on W0.
+        """
+        self.start_A = self.lora_A.detach().clone()
+        self.start_B = self.lora_B.detach().clone()
 
     def change(self, host: Host, x: Tensor, y: Tensor) -> Tensor:
-        """What this update adds to the base's output y, in y's dtype."""
+        """What this update adds to the base's output y, in y's dtype.
+
+        Raises:
+            StateError: training was begun before the data that the factors start from was seen.
+        """
+        if self.awaits_data and self.training:
+            raise StateError(
+                "this adapter starts from data, and has seen none",
+                remedy="initialise_from_data(model, name, batches) before training",
+            )
         return self.rule.change(self, host, x, y)
 
     def branch(self, host: Host, x: Tensor, B: Tensor) -> Tensor:
@@ -155,12 +179,34 @@ class LowRank(nn.Module):
         y = host.kind.branch(host.base, x, self.lora_A.to(B.dtype), B)
         return y if self.rows is None else self.rows.spread(y)
 
+    def start_branch(self, host: Host, x: Tensor, scale: Tensor | float) -> Tensor | None:
+        """B0 A0 x times `scale` (a number, or one per output of the part), or None without a start.
+
+        Computed as `branch` computes B A x, so that the two cancel to the last bit at the start.
+        """
+        if self.start_A is None or self.start_B is None:
+            return None
+        dtype = activation_dtype(x, self.start_A)
+        B = scaled_rows(self.start_B, scale, dtype)
+        y = host.kind.branch(host.base, x, self.start_A.to(dtype), B)
+        return y if self.rows is None else self.rows.spread(y)
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """The factors of the whole update: A and B, or [A; A0] and [B, -B0]."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B
+        return (
+            torch.cat([self.lora_A, self.start_A]),
+            torch.cat([self.lora_B, -self.start_B], dim=1),
+        )
+
     def values(self, kind: LayerKind) -> UpdateValues:
         """The learned tensors, live, with what is needed to apply them to a weight."""
+        A, B = self.effective()
         return UpdateValues(
             kind=kind,
-            A=self.lora_A,
-            B=self.lora_B,
+            A=A,
+            B=B,
             scaling=self.scaling,
             rows=self.rows,
             magnitude=self.magnitude,
@@ -193,6 +239,17 @@ class Branch(nn.Module):
     def updates(self) -> list[LowRank]:
         """The parts, typed."""
         return [part for part in self.parts if isinstance(part, LowRank)]
+
+
+def scaled_rows(B: Tensor, scale: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """B times one number, or one per row, in `dtype`.
+
+    A number multiplies after the cast, as PEFT does it; a factor per row before, because a gain
+    near 1 would lose its digits in a half-precision type.
+    """
+    if isinstance(scale, Tensor):
+        return (B * scale.view(-1, *[1] * (B.ndim - 1))).to(dtype)
+    return B.to(dtype) * scale
 
 
 def activation_dtype(x: Tensor, y: Tensor) -> torch.dtype:

@@ -7,21 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.layers.kinds import as_matrix
-from lorakit.layers.low_rank import Host, LowRank, UpdateRule, activation_dtype, take_rows
+from lorakit.layers.low_rank import (
+    Host,
+    LowRank,
+    UpdateRule,
+    activation_dtype,
+    scaled_rows,
+    take_rows,
+)
 from lorakit.math.dora import gain, row_norms
 from lorakit.weights.storage import base_weight
 
 
 class LoraRule:
-    """W' = W0 + s B A (Hu et al. 2021, eq. 3)."""
+    """W' = W0 + s B A (Hu et al. 2021, eq. 3), or W0 + s (B A - B0 A0) with a start."""
 
     name = "lora"
 
     def change(self, update: LowRank, host: Host, x: Tensor, y: Tensor) -> Tensor:
         """S B A x."""
-        dtype = activation_dtype(x, y)
-        B = update.lora_B.to(dtype) * update.scaling
-        return update.branch(host, _dropped(update, x), B).to(y.dtype)
+        B = scaled_rows(update.lora_B, update.scaling, activation_dtype(x, y))
+        product = update.branch(host, _dropped(update, x), B)
+        start = update.start_branch(host, x, update.scaling)
+        return (product if start is None else product - start).to(y.dtype)
 
 
 class DoraRule:
@@ -46,10 +54,26 @@ class DoraRule:
         less_one = (g - 1).to(y.dtype)
         if update.rows is not None:
             less_one = update.rows.spread(less_one)
-        B = update.lora_B
-        scaled = B * (g * update.scaling).view(-1, *[1] * (B.ndim - 1))
-        product = update.branch(host, dropped, scaled.to(activation_dtype(x, y)))
+        scale = g * update.scaling
+        B = scaled_rows(update.lora_B, scale, activation_dtype(x, y))
+        product = update.branch(host, dropped, B)
+        if dropped is x:
+            start = update.start_branch(host, x, scale)
+        else:
+            start = _start_with_dropout(update, host, (x, dropped), scale)
+        if start is not None:
+            product = product - start
         return kind.per_output(less_one) * plain + product.to(y.dtype)
+
+
+def _start_with_dropout(
+    update: LowRank, host: Host, inputs: tuple[Tensor, Tensor], scale: Tensor
+) -> Tensor | None:
+    """What to take off for B0 A0: it belongs to the base, which sees the input itself once."""
+    x, dropped = inputs
+    own = update.start_branch(host, x, update.scaling)
+    gained = update.start_branch(host, dropped, scale - update.scaling)
+    return None if own is None or gained is None else own + gained
 
 
 LORA: UpdateRule = LoraRule()
@@ -68,7 +92,9 @@ def current_norms(update: LowRank, host: Host) -> Tensor:
     """||W0 + s B A||_c of the update's rows, (out,), no gradient; kept in eval mode only."""
     if update.training:
         return fresh_norms(update, host)
-    sources = (host.base.get_parameter("weight"), update.lora_A, update.lora_B)
+    sources = [host.base.get_parameter("weight"), update.lora_A, update.lora_B]
+    if update.start_A is not None and update.start_B is not None:
+        sources += [update.start_A, update.start_B]
     return update.norms.get(sources, lambda: fresh_norms(update, host))
 
 
@@ -77,8 +103,9 @@ def fresh_norms(update: LowRank, host: Host) -> Tensor:
     # What is kept must also serve a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
         matrix = as_matrix(host.kind, base_weight(host.base).read())
-        A, B = update.lora_A.flatten(1), update.lora_B.flatten(1)
-        return row_norms(take_rows(matrix, update.rows), A, B, update.scaling)
+        A, B = update.effective()
+        own = take_rows(matrix, update.rows)
+        return row_norms(own, A.flatten(1), B.flatten(1), update.scaling)
 
 
 def base_norms(host: Host) -> Tensor:

@@ -100,4 +100,5 @@ class Method(Protocol):
 
 def one_group(method: Method, model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """`param_groups` of a method that learns everything at one rate."""
-    return [{"params": list(method.state(model).values()), "lr": lr}]
+    learned = [tensor for tensor in method.state(model).values() if tensor.requires_grad]
+    return [{"params": learned, "lr": lr}]

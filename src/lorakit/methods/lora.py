@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.attach import attach, detach, use
 from lorakit.adapters.attachments import adapted_layers, overridden_modules
+from lorakit.adapters.data_init import data_was_seen
 from lorakit.adapters.fold import merge
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
@@ -50,13 +51,16 @@ class LoraMethod:
         return report
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The adapter's parameters: `<module>.<index>.lora_A` and so on."""
+        """The adapter's tensors: `<module>.parts.<index>.lora_A` and so on."""
         key = module_key(self.adapter_name)
         found: dict[str, Tensor] = {}
         for layer in adapted_layers(model):
             if key in layer.factors:
                 for name, parameter in layer.factors[key].named_parameters():
                     found[f"{layer.name}.{name}"] = parameter
+                # (A0, B0) of a start like PiSSA's: without them B A means nothing.
+                for name, buffer in layer.factors[key].named_buffers():
+                    found[f"{layer.name}.{name}"] = buffer
         for module in overridden_modules(model):
             if key in module.overrides:
                 for name, parameter in module.overrides[key].named_parameters():
@@ -66,6 +70,7 @@ class LoraMethod:
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Copy a state into the attached adapter, in place and bit for bit."""
         load_in_place(self.state(model), state)
+        data_was_seen(model, self.adapter_name)
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """One group."""
