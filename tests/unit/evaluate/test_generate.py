@@ -249,3 +249,14 @@ def test_no_python_warnings(make_llama, tokenizer) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate_answers(make_llama(), tokenizer, some_prompts(4), max_new_tokens=4)
+
+
+def test_the_head_never_sees_a_strided_view(tokenizer):
+    model = gpt2()
+    seen: list[bool] = []
+    # A forward hook sees what the module got, after whatever its pre-hooks made of it.
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
+    generate_answers(model, tokenizer, some_prompts(5), max_new_tokens=3, batch_size=4)
+    assert seen
+    assert all(seen)
+    assert not model.lm_head._forward_pre_hooks
