@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -54,6 +56,62 @@ _LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 # Four query heads on two key/value heads: k and v are (in 32, out 16).
 _GQA = {**_TEXT, **_LAYERS, **_ENDS, "num_key_value_heads": 2, "intermediate_size": INTERMEDIATE}
+
+
+def opt(vocab: int = VOCAB, **extra: object) -> PreTrainedModel:
+    """OPT with embeddings narrower than its hidden states."""
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocab,
+            hidden_size=32,
+            word_embed_proj_dim=16,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            **extra,
+        )
+    )
+
+
+def t5(vocab: int = VOCAB, **extra: object) -> PreTrainedModel:
+    """T5: an encoder and a decoder with relative positions."""
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocab,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            **extra,
+        )
+    )
+
+
+def bart(vocab: int = VOCAB, **extra: object) -> PreTrainedModel:
+    """BART: an encoder and a decoder with a bias on its logits."""
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=vocab,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=2,
+            **extra,
+        )
+    )
 
 
 def _llama() -> PreTrainedModel:

@@ -7,19 +7,14 @@ import warnings
 import pytest
 import torch
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    OPTConfig,
-    OPTForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
+import tiny_models
 from lorakit.adapters.attach import attach, use
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import DataError, LorakitWarning, ModelError
@@ -60,58 +55,15 @@ def gpt2():
 
 
 def opt():
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            word_embed_proj_dim=16,
-            ffn_dim=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            init_std=0.4,
-        )
-    )
+    return tiny_models.opt(VOCAB, init_std=0.4)
 
 
 def t5():
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCAB,
-            d_model=32,
-            d_kv=8,
-            d_ff=48,
-            num_layers=2,
-            num_heads=4,
-            decoder_start_token_id=0,
-            pad_token_id=0,
-            eos_token_id=2,
-            initializer_factor=4.0,
-        )
-    )
+    return tiny_models.t5(VOCAB, eos_token_id=2, initializer_factor=4.0)
 
 
 def bart():
-    return BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=VOCAB,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=2,
-            forced_eos_token_id=None,
-            init_std=0.4,
-        )
-    )
+    return tiny_models.bart(VOCAB, forced_eos_token_id=None, init_std=0.4)
 
 
 @pytest.mark.parametrize("make", [None, gpt2, opt, t5, bart])

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     CohereConfig,
@@ -21,14 +19,11 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
+import tiny_models
 from lorakit.adapters.attach import attach, use
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import DataError, LorakitWarning, ModelError
@@ -61,19 +56,6 @@ def gemma2() -> PreTrainedModel:
     return Gemma2ForCausalLM(config)
 
 
-def opt() -> PreTrainedModel:
-    config = OPTConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        word_embed_proj_dim=16,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    return OPTForCausalLM(config)
-
-
 def cohere() -> PreTrainedModel:
     return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.0625))
 
@@ -82,35 +64,16 @@ def granite() -> PreTrainedModel:
     return GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0))
 
 
+def opt() -> PreTrainedModel:
+    return tiny_models.opt(VOCAB)
+
+
 def t5() -> PreTrainedModel:
-    config = T5Config(
-        vocab_size=VOCAB,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    return T5ForConditionalGeneration(config)
+    return tiny_models.t5(VOCAB)
 
 
 def bart() -> PreTrainedModel:
-    config = BartConfig(
-        vocab_size=VOCAB,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-    )
-    model = BartForConditionalGeneration(config)
+    model = tiny_models.bart(VOCAB)
     model.final_logits_bias.copy_(torch.randn(1, VOCAB))
     return model
 
