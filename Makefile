@@ -12,7 +12,7 @@ PRESENT = $(wildcard $(CODE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e clean
+.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ fmt: setup  ## format and fix what can be fixed
 
 bench-e2e: setup  ## SmolLM2 on the E2E data, base against adapter (needs minutes)
 	$(BIN)/python benchmarks/e2e.py
+
+bench-latency: setup  ## the paper's Table 1 on this machine's CPU, scaled down (needs minutes)
+	$(BIN)/python benchmarks/latency.py --scale 8
 
 clean:  ## remove what builds and tools leave; keeps .venv and runs/
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info
