@@ -93,14 +93,43 @@ def num_cores() -> int:
 
 def peak_memory_bytes() -> int:
     """The most memory (bytes) this process has held so far: resident, plus CUDA where used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The kernel counts in KiB on Linux and in bytes on macOS.
-    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
+    peak_bytes = _status_bytes("VmHWM")
+    if peak_bytes is None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # The kernel counts in KiB on Linux and in bytes on macOS.
+        peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak_bytes += sum(
             torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())
         )
     return int(peak_bytes)
+
+
+def memory_bytes() -> int:
+    """The memory (bytes) this process holds now: resident, plus CUDA where used."""
+    held_bytes = psutil.Process().memory_info().rss
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        held_bytes += sum(
+            torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())
+        )
+    return int(held_bytes)
+
+
+def _status_bytes(key: str) -> int | None:
+    """A size in /proc/self/status, or None where there is none.
+
+    getrusage's maximum outlives exec: a small process that a large one started would report the
+    large one's.
+    """
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        name, _, rest = line.partition(":")
+        if name == key:
+            return int(rest.split()[0]) * 1024
+    return None
 
 
 def total_memory_bytes() -> int:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -30,7 +32,8 @@ def test_peak_memory_grows_with_what_was_held_and_never_falls():
     grown = environment.peak_memory_bytes()
     assert grown >= before + 50_000_000
     del held
-    assert environment.peak_memory_bytes() >= grown
+    # The kernel counts pages in batches, per core.
+    assert environment.peak_memory_bytes() >= grown - 1_000_000
 
 
 def test_bf16_support_agrees_with_the_processor():
@@ -60,3 +63,15 @@ def test_a_containers_limit_bounds_memory_and_its_page_cache_does_not_count(cont
 def test_a_container_without_a_limit_does_not_bound_memory(container):
     (container / "memory.max").write_text("max\n")
     assert environment.total_memory_bytes() == psutil.virtual_memory().total
+
+
+def test_the_peak_of_a_small_process_is_not_that_of_the_large_one_that_started_it():
+    held = np.ones(900_000_000 // 8)
+    code = (
+        "import os; from lorakit.environment import memory_bytes, peak_memory_bytes; "
+        "print(peak_memory_bytes(), memory_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, now = map(int, done.stdout.split())
+    assert held.nbytes > 1.2 * peak
+    assert 0 < now <= peak + 1_000_000

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("lorakit.cli.eval", "compare the base and an adapter on a data file"),
     "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),
     "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
+    "compare": ("lorakit.cli.compare", "compare methods on one task under one budget"),
     "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),
     "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),
     "report": ("lorakit.cli.report", "write one HTML file from what a run left"),

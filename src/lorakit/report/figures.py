@@ -17,23 +17,23 @@ from lorakit.report.schema import Curve
 
 # Stand-ins that no drawing uses for anything else: the page's variables take their place, so that
 # one file is right in light and in dark.
-_INK, _GRID, _TRAIN, _VALIDATION = "#010203", "#040506", "#070809", "#0a0b0c"
+INK, GRID, _TRAIN, _VALIDATION = "#010203", "#040506", "#070809", "#0a0b0c"
 _VARIABLES = {
-    _INK: "var(--ink-soft)",
-    _GRID: "var(--line)",
+    INK: "var(--ink-soft)",
+    GRID: "var(--line)",
     _TRAIN: "var(--accent)",
     _VALIDATION: "var(--second)",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lorakit",
     "font.family": "sans-serif",
     "font.size": 10.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GRID,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -43,21 +43,21 @@ _MAX_POINTS = 1500
 
 def loss_curve(curve: Curve) -> str:
     """Training loss (each step pale, smoothed strong) and validation loss over optimizer steps."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
         axes = figure.add_subplot()
         _draw_training(axes, curve["train"])
         _draw_validation(axes, curve)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats per learned token)")
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
         axes.set_ylim(bottom=0, top=_top(curve))
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         # Above the drawing: inside it would cover a curve that stays high.
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
@@ -116,7 +116,8 @@ def _top(curve: Curve) -> float | None:
     return 1.08 * max(shown) if losses[-1] > 1.5 * high else None
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure) -> str:
+    """The drawing as inline SVG with the page's colours."""
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from lorakit.files import write_text
 from lorakit.formatting import format_estimate, format_number, format_share
 from lorakit.report.figures import loss_curve
+from lorakit.report.method_figures import score_against_parameters, validation_curves
 from lorakit.report.schema import Cell, Report
 
 # A query may return a whole table: a sample shows its beginning.
@@ -53,15 +54,22 @@ def render_report(report: Report) -> str:
     filters["value"] = _value_text
     filters["table_text"] = _table_text
     curve = report.get("curve")
+    plot = report.get("method_plot")
+    curves = [c for c in report.get("method_curves", []) if any(c["runs"])]
     sections: dict[str, Any] = {
         "subtitle": "",
         "tiles": [],
         "comparison": None,
+        "methods": None,
         "samples": [],
         "certificate": None,
         "details": {},
         "command": "",
         **report,
+        "method_plot": (
+            Markup(score_against_parameters(plot)) if plot and plot["points"] else None
+        ),
+        "method_curves": Markup(validation_curves(curves)) if curves else None,
         "curve": Markup(loss_curve(curve)) if curve and curve["train"] else None,
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -75,6 +75,38 @@ class Certificate(TypedDict):
     layers: NotRequired[list[tuple[str, float]]]
 
 
+class MethodTable(TypedDict):
+    """Methods of a comparison, one row each, already formatted; `columns` beside each row."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    note: NotRequired[str]
+
+
+class MethodPoint(TypedDict):
+    """One method in the drawing of score against trained parameters."""
+
+    name: str
+    method: str
+    trainable_params: int
+    score: Estimate
+
+
+class MethodPlot(TypedDict):
+    """The paper's Figure 2: what the score is, and a point for each method."""
+
+    metric: str
+    points: list[MethodPoint]
+
+
+class MethodCurve(TypedDict):
+    """[step, validation loss] of each final run of one method."""
+
+    name: str
+    method: str
+    runs: list[list[list[float]]]
+
+
 class Report(TypedDict):
     """A whole report; every section but the title may be left out."""
 
@@ -82,6 +114,9 @@ class Report(TypedDict):
     subtitle: NotRequired[str]
     tiles: NotRequired[list[Tile]]
     comparison: NotRequired[Comparison]
+    methods: NotRequired[MethodTable]
+    method_plot: NotRequired[MethodPlot]
+    method_curves: NotRequired[list[MethodCurve]]
     curve: NotRequired[Curve]
     samples: NotRequired[list[Sample]]
     certificate: NotRequired[Certificate]

@@ -109,6 +109,7 @@ def run_record(
         "memory": {
             "estimate": {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes},
             "free_before_bytes": prepared.free_bytes,
+            "loaded_bytes": facts["loaded_bytes"],
             "peak_bytes": peak_memory_bytes(),
         },
         "precision": "bf16" if prepared.bf16 else "fp32",

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from lorakit.adapters.fingerprint import fingerprint
 from lorakit.data.collate import Collator
 from lorakit.data.sampling import LengthGroupedSampler
+from lorakit.environment import memory_bytes
 from lorakit.errors import RequestError, TrainingError
 from lorakit.files import write_json, write_text
 from lorakit.layers.rms_norm import use_fast_norms
@@ -146,6 +147,7 @@ class _Run:
         self.passport = passport(config, prepared)
         # Set by load() and fit().
         self.model: PreTrainedModel
+        self.loaded_bytes: int
         self.report: TrainableReport
         self.state = RunState() if start is None else start.state
 
@@ -155,6 +157,7 @@ class _Run:
         self.model = load_base_model(base.ref, dtype=base.dtype)
         if base.attention is not None:
             use_attention(self.model, base.attention)
+        self.loaded_bytes = memory_bytes()
         base_sha256 = fingerprint(self.model).sha256
         if self.start is not None:
             check_same_base(self.start, base_sha256)
@@ -233,6 +236,7 @@ class _Run:
             facts={
                 "final": metrics,
                 "base_sha256": self.identity["base_sha256"],
+                "loaded_bytes": self.loaded_bytes,
                 "timing": clock.seconds(),
                 "warnings": warned,
             },

@@ -137,8 +137,9 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     str: "text",
     type(None): "nothing (null)",
+    Any: "a value",
 }
-_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts", Any: "values"}
 
 
 def _plural(hint: Any) -> str:
@@ -207,6 +208,8 @@ def _match(hint: Any, value: object) -> tuple[bool, Any]:
 
 
 def _match_scalar(hint: Any, value: object) -> tuple[bool, Any]:
+    if hint is Any:
+        return True, value
     if hint is type(None):
         return value is None, None
     if isinstance(value, bool) or hint is bool:
