@@ -15,6 +15,9 @@ from lorakit.formatting import format_duration
 from lorakit.report.methods import methods_table
 from lorakit.train.schema import leaves, plain
 
+# Of the table in a file: it has more columns than a page.
+_PLAIN_WIDTH = 160
+
 SUMMARY = "compare methods on one task under one budget"
 
 
@@ -94,12 +97,15 @@ def _show(result: CompareResult) -> None:
     document: dict[str, Any] = result.document
     found = methods_table(document)
     # What a terminal has room for; compare.csv and the report have the rest.
-    shown = [i for i, name in enumerate(found["columns"]) if name not in ("share", "examples/s")]
+    metrics = list(dict.fromkeys(name for m in document["methods"] for name in m["scores"]))
+    left_out = {"share", "examples/s", *(name.replace("_", " ") for name in metrics[1:])}
+    shown = [i for i, name in enumerate(found["columns"]) if name not in left_out]
     columns = [found["columns"][i] for i in shown]
     table = console.table(document["title"], columns, numbers=columns[1:])
     for row in found["rows"]:
         table.add_row(*(row[i] for i in shown))
-    console.stdout().print(table)
+    out = console.stdout()
+    out.print(table, width=out.width if out.is_terminal else _PLAIN_WIDTH)
     console.note(found.get("note", ""))
     if result.remaining:
         console.note(f"{len(result.remaining)} cells to go: run the same command again")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.compare.arms import Arm, read_arms
-from lorakit.errors import ConfigError, RequestError
+from lorakit.errors import ConfigError, RequestError, nearest
 from lorakit.evaluate.options import METRICS
 from lorakit.train import schema
 from lorakit.train.config import TrainConfig
@@ -17,6 +17,8 @@ from lorakit.train.yaml import dump, read_mapping
 
 # The rate is searched on a third of the budget unless told: enough to tell rates apart.
 DEFAULT_SHARE = 1 / 3
+# The log of eval's perplexity: nats per learned token, as training reports it.
+LOSS = "loss"
 _BUDGETS = ("steps", "epochs", "seconds")
 
 
@@ -190,6 +192,8 @@ class CompareConfig:
     def _check_arms(self) -> None:
         for arm in self.arms:
             trial = arm.train_config(lr=arm.rates[0], seed=self.seeds[0], length={"max_steps": 1})
+            if trial.task == "sft":
+                self._check_metrics()
             if len(arm.rates) > 1 and not trial.validates:
                 raise ConfigError(
                     "a learning-rate search needs validation rows",
@@ -203,6 +207,18 @@ class CompareConfig:
                     where="eval.data",
                     expected="eval.data, or validation rows in base.data",
                     remedy="name one of them",
+                )
+
+    def _check_metrics(self) -> None:
+        known = (LOSS, *METRICS)
+        for metric in self.eval.metrics:
+            if metric not in known:
+                close = nearest(metric, known, n=1)
+                raise ConfigError(
+                    f"unknown metric {metric!r}",
+                    where="eval.metrics",
+                    expected=", ".join(known),
+                    remedy=f"did you mean {close[0]!r}?" if close else None,
                 )
 
     @property

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -265,10 +266,7 @@ def _in_process(order: Order, log: Path) -> None:
     Where the system has one, a fork server imports torch once for all cells: each begins as a
     fresh process would after its imports.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:
-        multiprocessing.set_forkserver_preload(["lorakit.compare.worker"])
+    context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
         target=work, args=(order, str(log), sender), name=order.header["cell"]
@@ -290,6 +288,14 @@ def _in_process(order: Order, log: Path) -> None:
             found=f"exit code {process.exitcode}" + _tail(log),
             remedy="if it ran out of memory, lower train.batch_size; the same command goes on",
         )
+
+
+def _context() -> SpawnContext | ForkServerContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lorakit.compare.worker"])
+    return context
 
 
 def _answer(receiver: Any) -> LorakitError | None:

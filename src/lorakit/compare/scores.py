@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lorakit.compare.trained import ADAPTER, load_trained
+from lorakit.compare.config import LOSS
+from lorakit.compare.trained import adapter_of, load_trained
 from lorakit.data.options import SftOptions
 from lorakit.data.sources import load_rows
 from lorakit.evaluate.intervals import Estimate
@@ -17,8 +18,6 @@ from lorakit.evaluate.run import evaluate
 from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 
-# The log of eval's perplexity: nats per learned token, as the training reports it.
-LOSS = "loss"
 _SYSTEM = "trained"
 
 Scores = dict[str, dict[str, Any]]
@@ -51,7 +50,7 @@ def score_rows(
         load_tokenizer(config.model.ref),
         load_rows(source[0], split=source[1]),
         eval_options(config, wanted, options),
-        systems={_SYSTEM: ADAPTER if method.name == "lora" else None},
+        systems={_SYSTEM: adapter_of(method)},
     )
     estimates = found.systems[_SYSTEM].scores
     return {name: _plain(name, estimates[_asked(name)]) for name in wanted}

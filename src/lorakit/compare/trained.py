@@ -6,21 +6,21 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lorakit.adapters.spec import LoraSpec
-from lorakit.formats.peft import load_adapter
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
+from lorakit.methods.saved import load_saved
 from lorakit.models.load import load_base_model
 from lorakit.train.config import TrainConfig
 
-ADAPTER = "default"
+_ADAPTER = "default"
 
 
 def load_cell_base(config: TrainConfig) -> PreTrainedModel:
     """The base of a run, loaded as the run loaded it."""
-    model = load_base_model(config.model.ref, dtype=config.model.dtype)
-    if config.model.attention is not None:
-        model.set_attn_implementation(config.model.attention)
+    base = config.model
+    model = load_base_model(base.ref, base.quantize, dtype=base.dtype)
+    if base.attention is not None:
+        model.set_attn_implementation(base.attention)
     return model.eval()
 
 
@@ -31,6 +31,10 @@ def load_trained(config: TrainConfig, weights: Path) -> tuple[PreTrainedModel, M
         AdapterFileError, BaseMismatchError: the files do not fit.
     """
     model = load_cell_base(config)
-    adapter = load_adapter(model, weights, name=ADAPTER)
-    spec: LoraSpec = adapter.spec
-    return model.eval(), LoraMethod(spec, ADAPTER)
+    method = load_saved(model, weights, _ADAPTER)
+    return model.eval(), method
+
+
+def adapter_of(method: Method) -> str | None:
+    """What `use` and `evaluate` call the method: its adapter, or None."""
+    return method.adapter_name if isinstance(method, LoraMethod) else None
