@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.saved import load_saved
+from lorakit.models.attention import use_attention
 from lorakit.models.load import load_base_model
 from lorakit.train.config import TrainConfig
 
@@ -20,7 +21,7 @@ def load_cell_base(config: TrainConfig) -> PreTrainedModel:
     base = config.model
     model = load_base_model(base.ref, base.quantize, dtype=base.dtype)
     if base.attention is not None:
-        model.set_attn_implementation(base.attention)
+        use_attention(model, base.attention)
     return model.eval()
 
 
