@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lorakit.methods.registry import METHODS
 from lorakit.train.config import TrainConfig
 from lorakit.train.resume import MAY_CHANGE
 from lorakit.train.schema import FieldHelp
@@ -22,6 +23,7 @@ _ABOUT = {
     "version; the key is kept for the next.",
     "data": "What the columns and templates mean is on [train](train.md#data).",
     "lora": "The fields of `lorakit.LoraSpec`; targets are on [targets](targets.md).",
+    **{name: "See [methods](methods.md)." for name in METHODS if name != "lora"},
     "train": "",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,6 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.adapters.plan import AdapterPlan
 from lorakit.cli import console
 from lorakit.data.builder import Examples, LossMaskError
 from lorakit.data.encode import IGNORED, Example
@@ -24,11 +24,11 @@ from lorakit.data.preview import (
 from lorakit.data.rows import Rows
 from lorakit.errors import RequestError
 from lorakit.formatting import format_bytes, format_count, format_share
+from lorakit.methods.base import TrainableReport
 from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.prepare import Preparation, prepare
-from lorakit.train.share import trained_share
 
 SUMMARY = "show what a config would train on, before it trains"
 
@@ -138,23 +138,21 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 
 def all_findings(config: TrainConfig, prepared: Preparation) -> list[Finding]:
     """Everything that was checked, in reading order."""
-    data, plan = prepared.data, prepared.plan
+    data = prepared.data
     findings = data_findings(data.train.report, prepared.tokenizer, config.data)
     if data.validation_rows is not None:
         findings.append(duplicate_finding(data.train_rows, data.validation_rows))
-    return [*findings, adapter_finding(plan, prepared.num_base_params)]
+    return [*findings, plan_finding(config.method, prepared.plan, prepared.notes())]
 
 
-def adapter_finding(plan: AdapterPlan, num_base: int) -> Finding:
-    """The planned adapter in one line, beside a base of `num_base` parameters."""
-    num_params = plan.num_params()
+def plan_finding(method: str, plan: TrainableReport, notes: Sequence[str]) -> Finding:
+    """What the method trains, in one line."""
     text = (
-        f"the targets match {len(plan.sites):,} places: {format_count(num_params)} parameters "
-        f"beside {format_count(num_base)} ({format_share(trained_share(num_params, num_base))} "
-        "of all)"
+        f"{method} trains {format_count(plan.num_trainable)} of {format_count(plan.num_total)} "
+        f"parameters ({format_share(plan.share)} of all) at {len(plan.sites):,} places"
     )
-    if plan.notes:
-        return Finding(level="warning", text=f"{text}; {'; '.join(plan.notes)}")
+    if notes:
+        return Finding(level="warning", text=f"{text}; {'; '.join(notes)}")
     return Finding(level="ok", text=text)
 
 
@@ -222,10 +220,10 @@ def _plan_record(prepared: Preparation | None) -> dict[str, Any]:
     return {
         "adapter": {
             "num_sites": len(plan.sites),
-            "num_params": plan.num_params(),
+            "num_params": plan.num_trainable,
             "num_base_params": prepared.num_base_params,
-            "trainable_share": trained_share(plan.num_params(), prepared.num_base_params),
-            "sites": [site.name for site in plan.sites],
+            "trainable_share": plan.share,
+            "sites": list(plan.sites),
         },
         "max_steps": prepared.max_steps,
     }

@@ -20,6 +20,11 @@ from lorakit.layers.adapted import module_key
 from lorakit.methods.base import TrainableReport, one_group
 from lorakit.methods.state import load_in_place
 
+# What the code of LoRA+ calls lr_embedding: fixed, because a one-hot input has no width to scale
+# with.
+LORA_PLUS_EMBEDDING_LR = 1e-6
+EMBEDDING = "embedding"
+
 
 class LoraMethod:
     """Low-rank updates beside a frozen base.
@@ -27,13 +32,21 @@ class LoraMethod:
     Args:
         spec: the adapter to learn.
         adapter_name: its name on the model.
+        lora_plus_ratio: LoRA+, lr_B = ratio * lr_A; None for one rate.
     """
 
     name = "lora"
 
-    def __init__(self, spec: LoraSpec, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        spec: LoraSpec,
+        adapter_name: str = "default",
+        *,
+        lora_plus_ratio: float | None = None,
+    ) -> None:
         self.spec = spec
         self.adapter_name = adapter_name
+        self.lora_plus_ratio = lora_plus_ratio
 
     def options(self) -> dict[str, Any]:
         """The spec's fields."""
@@ -73,8 +86,23 @@ class LoraMethod:
         data_was_seen(model, self.adapter_name)
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-        """One group."""
-        return one_group(self, model, lr)
+        """One group, or LoRA+'s (Hayou et al. 2024, and their code).
+
+        lora_A and whole matrices at lr; lora_B and vectors at ratio * lr; both factors of an
+        embedding at 1e-6 whatever the ratio.
+        """
+        if self.lora_plus_ratio is None:
+            return one_group(self, model, lr)
+        embeddings = {layer.name for layer in adapted_layers(model) if layer.kind.name == EMBEDDING}
+        rates = {lr: [], lr * self.lora_plus_ratio: [], LORA_PLUS_EMBEDDING_LR: []}
+        for name, parameter in self.state(model).items():
+            if any(name.startswith(f"{layer}.") for layer in embeddings):
+                rates[LORA_PLUS_EMBEDDING_LR].append(parameter)
+            elif name.endswith("lora_B") or parameter.ndim == 1:
+                rates[lr * self.lora_plus_ratio].append(parameter)
+            else:
+                rates[lr].append(parameter)
+        return [{"params": group, "lr": rate} for rate, group in rates.items() if group]
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:

@@ -111,7 +111,10 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
     total = _number(record, "total_params", "base.num_params")
     if trained is not None:
         tile: Tile = {"label": "trained parameters", "value": format_count(trained)}
-        if total:
+        share = _number(record, "adapter.trainable_share")
+        if share is not None:
+            tile["note"] = f"{format_share(float(share))} of all"
+        elif total:
             tile["note"] = (
                 f"{format_share(trained / (total + trained))} of {format_count(total + trained)}"
             )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lorakit.adapters.spec import LoraSpec
 from lorakit.data.options import SftOptions
 from lorakit.errors import ConfigError, LorakitWarning
+from lorakit.methods.base import Method
+from lorakit.methods.lora import LoraMethod
+from lorakit.methods.registry import METHODS, build_method
 from lorakit.train import schema
+from lorakit.train.method_sections import MethodSections
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.yaml import dump, read_mapping
 
@@ -19,6 +22,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["linear", "cosine", "constant"]
 
 DEFAULT_EPOCHS = 3.0
+# The keys of a file as it is written; the chosen method's section comes last.
+_ORDER = ("model", "data", "task", "output", "train", "seed", "method")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -99,6 +104,13 @@ class TrainSection:
         default=1, metadata=_help("forward passes per optimizer step")
     )
     lr: float = field(default=2e-4, metadata=_help("highest learning rate"))
+    lora_plus_ratio: float | None = field(
+        default=None,
+        metadata=_help(
+            "LoRA+: how many times train.lr lora_B and trained vectors learn at (the paper: about "
+            "16); null: one rate"
+        ),
+    )
     schedule: Schedule = field(
         default="linear",
         metadata=_help("after the warmup: linear to zero, cosine to zero, or constant"),
@@ -178,6 +190,8 @@ class TrainSection:
 
     def _check_optimizer(self) -> None:
         _require(self.lr > 0, "train.lr", "lr > 0", self.lr)
+        ratio = self.lora_plus_ratio
+        _require(ratio is None or ratio > 0, "train.lora_plus_ratio", "> 0 or null", ratio)
         _require_at_least(self, "warmup_steps", 0)
         _require_at_least(self, "weight_decay", 0)
         _require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
@@ -206,7 +220,7 @@ class TrainSection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(MethodSections):
     """What to train, on what, how, and where the result goes.
 
     Raises:
@@ -219,15 +233,25 @@ class TrainConfig:
     task: Literal["sft"] = field(
         default="sft", metadata=_help("what is learned: sft, to continue a prompt as the rows do")
     )
-    method: Literal["lora"] = field(default="lora", metadata=_help("what is trained"))
-    lora: LoraSpec = field(default_factory=LoraSpec, metadata=_help("the adapter"))
     train: TrainSection = field(default_factory=TrainSection, metadata=_help("how to train"))
     seed: int = field(default=42, metadata=_help("of every random choice of the run"))
 
     def __post_init__(self) -> None:
         _require(bool(self.output.strip()), "output", "a directory", self.output)
         _require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
+        super().__post_init__()
+        self._check_lora_plus()
         self._check_combinations()
+
+    def _check_lora_plus(self) -> None:
+        if self.train.lora_plus_ratio is not None and self.method != LoraMethod.name:
+            raise ConfigError(
+                f"LoRA+ gives lora_B a rate of its own, and {self.method} has no lora_B",
+                where="train.lora_plus_ratio",
+                expected="null",
+                found=f"{self.train.lora_plus_ratio:g}",
+                remedy="remove it, or take the method lora",
+            )
 
     def _check_combinations(self) -> None:
         if not self.validates:
@@ -249,6 +273,12 @@ class TrainConfig:
                 expected="precision bf16 with dtype bfloat16, or fp32 with float32",
                 remedy="change one of them",
             )
+
+    def make_method(self) -> Method:
+        """The chosen method, not attached yet."""
+        if self.train.lora_plus_ratio is not None:
+            return LoraMethod(self.lora, lora_plus_ratio=self.train.lora_plus_ratio)
+        return build_method(self.method, self.options)
 
     @property
     def validates(self) -> bool:
@@ -282,8 +312,9 @@ class TrainConfig:
         return cls.from_dict(_one_length(in_file, apply_overrides(cls, in_file, overrides)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `from_dict` reads them back."""
-        return schema.plain(self)
+        """Plain values; `from_dict` reads them back. Sections of other methods are left out."""
+        values = schema.plain(self)
+        return {name: values[name] for name in _ORDER} | {self.method: values[self.method]}
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back."""
@@ -292,7 +323,10 @@ class TrainConfig:
     @classmethod
     def fields(cls) -> list[schema.FieldHelp]:
         """Every key of the file with its type, default and meaning."""
-        return list(schema.leaves(cls))
+        return [
+            replace(leaf, type=", ".join(METHODS)) if leaf.name == "method" else leaf
+            for leaf in schema.leaves(cls)
+        ]
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

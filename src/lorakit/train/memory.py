@@ -12,10 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.environment import available_memory_bytes
 from lorakit.errors import MemoryPlanError
 from lorakit.formatting import format_bytes
+from lorakit.methods.base import TrainableReport
 from lorakit.models.load import model_class
 
-# Per trained parameter: itself, its gradient and AdamW's two moments, all in float32.
-_TRAINED_BYTES = 16
+# Per trained parameter: its gradient and AdamW's two moments, in float32 ...
+_OPTIMIZER_BYTES = 12
+# ... and itself, where it is not one of the base's.
+_ADDED_BYTES = 4
 # Logits, their softmax and their gradient, in float32.
 _LOGIT_BYTES = 12
 # What a layer keeps for its backward pass, as a multiple of the outputs of its products: the
@@ -44,7 +47,8 @@ class MemoryEstimate:
 
     Attributes:
         weights_bytes: the frozen base.
-        trained_bytes: the adapter with gradients and optimizer.
+        trained_bytes: what the method adds to the base, its gradients and optimizer state, and
+            what it keeps of the base.
         activations_bytes: what the backward pass of the largest batch needs.
         logits_bytes: the logits at the labels of that batch.
     """
@@ -62,7 +66,7 @@ class MemoryEstimate:
     def __str__(self) -> str:
         terms = {
             "base": self.weights_bytes,
-            "adapter and optimizer": self.trained_bytes,
+            "gradients, optimizer and what is added": self.trained_bytes,
             "activations": self.activations_bytes,
             "logits": self.logits_bytes,
         }
@@ -81,7 +85,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def estimate_memory(
     model: PreTrainedModel,
-    num_trained: int,
+    plan: TrainableReport,
     batch: BatchShape,
     *,
     dtype: torch.dtype,
@@ -91,9 +95,9 @@ def estimate_memory(
 
     Args:
         model: the base; on the meta device is enough.
-        num_trained: trained parameters.
+        plan: what is trained.
         batch: the largest batch.
-        dtype: of the frozen weights, and taken for the activations.
+        dtype: of the base's weights, and taken for the activations.
         checkpointing: whether activations are recomputed layer by layer.
     """
     num_weights = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
@@ -111,7 +115,9 @@ def estimate_memory(
     vocabulary = head.weight.shape[0] if isinstance(head, nn.Linear) else 0
     return MemoryEstimate(
         weights_bytes=num_weights * dtype.itemsize,
-        trained_bytes=num_trained * _TRAINED_BYTES,
+        trained_bytes=plan.num_trainable * _OPTIMIZER_BYTES
+        + (plan.num_total - num_weights) * _ADDED_BYTES
+        + plan.kept_bytes,
         activations_bytes=batch.rows * batch.length * per_token * dtype.itemsize,
         logits_bytes=batch.labels * vocabulary * _LOGIT_BYTES,
     )
@@ -134,8 +140,9 @@ def require_room(estimate: MemoryEstimate, free_bytes: int) -> None:
     if least_bytes > free_bytes:
         raise MemoryPlanError(
             "the run does not fit in memory",
-            where="model and lora",
+            where="model and method",
             expected=f"at least {format_bytes(least_bytes)}; {estimate}",
             found=f"{format_bytes(free_bytes)} free",
-            remedy="set model.dtype to bfloat16, or use a smaller model, rank or target",
+            remedy="set model.dtype to bfloat16, or use a smaller model, rank or target, or a "
+            "method that trains less",
         )

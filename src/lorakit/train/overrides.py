@@ -18,7 +18,8 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """A copy of the values of a config of class `cls` with the overrides put in.
 
-    A name is a full one ("train.lr") or the end of exactly one ("lr"); a value is YAML.
+    A name is a full one ("train.lr"), the end of exactly one ("lr"), or the end of one in the
+    section that `method` names; a value is YAML.
 
     Raises:
         ConfigError: an override without "=", a name that is unknown or fits several keys, a value
@@ -35,7 +36,7 @@ def apply_overrides(
                 where=override,
                 expected="key=value, for example train.lr=1e-4",
             )
-        full = _resolve(name.strip(), names, aliases)
+        full = _resolve(name.strip(), names, aliases, section=str(result.get("method", "lora")))
         _put(result, full.split("."), parse_value(text, where=override), aliases)
     return result
 
@@ -52,7 +53,7 @@ def _aliases(cls: type) -> dict[str, str]:
     return found
 
 
-def _resolve(name: str, names: Sequence[str], aliases: Mapping[str, str]) -> str:
+def _resolve(name: str, names: Sequence[str], aliases: Mapping[str, str], *, section: str) -> str:
     if name in names:
         return name
     if name in aliases:
@@ -60,6 +61,9 @@ def _resolve(name: str, names: Sequence[str], aliases: Mapping[str, str]) -> str
     fitting = [full for full in names if full.endswith(f".{name}")]
     if len(fitting) == 1:
         return fitting[0]
+    # Sections of methods share names, and only the chosen method's section may be set.
+    if f"{section}.{name}" in fitting:
+        return f"{section}.{name}"
     if fitting:
         raise ConfigError(
             f"{name!r} fits several keys",

@@ -12,8 +12,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.adapters.plan import AdapterPlan, plan_adapter
-from lorakit.adapters.spec import LoraSpec
 from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
 from lorakit.data.sources import load_rows
@@ -26,6 +24,7 @@ from lorakit.errors import (
     TargetError,
 )
 from lorakit.formatting import format_bytes, format_share
+from lorakit.methods.base import TrainableReport
 from lorakit.models.label_head import require_head
 from lorakit.models.load import load_config, load_tokenizer, resolve_dtype
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
@@ -37,7 +36,6 @@ from lorakit.train.memory import (
     free_memory_bytes,
     require_room,
 )
-from lorakit.train.share import trained_share
 from lorakit.train.trainer import steps_per_epoch
 
 
@@ -76,8 +74,9 @@ class Preparation:
     Attributes:
         tokenizer: of the base.
         data: rows and examples.
-        plan: the adapter.
+        plan: what the method trains.
         num_base_params: parameters of the base.
+        dtype: what the base's weights are kept in.
         memory: the estimate.
         free_bytes: memory that was free.
         device: where the run computes.
@@ -89,8 +88,9 @@ class Preparation:
 
     tokenizer: PreTrainedTokenizerBase
     data: RunData
-    plan: AdapterPlan
+    plan: TrainableReport
     num_base_params: int
+    dtype: torch.dtype
     memory: MemoryEstimate
     free_bytes: int
     device: torch.device
@@ -100,23 +100,53 @@ class Preparation:
 
     def lines(self, config: TrainConfig) -> list[str]:
         """The plan in sentences, to be said before the model is loaded."""
-        train, num_params = self.data.train, self.plan.num_params()
-        validation = self.data.validation
+        train, validation = self.data.train, self.data.validation
         report = train.report
         epochs = self.max_steps / self.steps_per_epoch
         held = f", {len(validation):,} for validation" if validation is not None else ""
-        precision = "bfloat16 autocast, adapter and loss in float32" if self.bf16 else "float32"
+        precision = (
+            "bfloat16 autocast, learned weights and loss in float32" if self.bf16 else "float32"
+        )
+        num_kept = config.train.keep_checkpoints + config.train.keep_best
         return [
             f"data: {len(train):,} examples{held}; {report.num_tokens:,} tokens, "
             f"{report.num_learned_tokens:,} of them learned; longest row {report.longest}",
-            f"adapter: r={self.plan.spec.r} on {len(self.plan.sites)} sites, {num_params:,} "
-            f"parameters beside {self.num_base_params:,} "
-            f"({format_share(trained_share(num_params, self.num_base_params))} of all)",
+            f"method: {config.method}, {self.plan.num_trainable:,} of {self.plan.num_total:,} "
+            f"parameters ({format_share(self.plan.share)} of all) at {len(self.plan.sites)} sites",
             f"steps: {self.max_steps:,} ({epochs:.3g} epochs), batch {config.train.batch_size} x "
             f"{config.train.gradient_accumulation}",
             f"precision: {precision}, on {self.device.type}",
             f"memory: {self.memory}, {format_bytes(self.free_bytes)} free",
+            f"checkpoints: about {format_bytes(self.checkpoint_bytes)} each, at most {num_kept} "
+            "kept",
+            *(f"note: {note}" for note in self.notes()),
         ]
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether what is learned is the whole model."""
+        return self.plan.num_trainable == self.plan.num_total
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: learned tensors, AdamW's moments, the directory to use."""
+        copies = 3 if self.trains_all else 4
+        return copies * 4 * self.plan.num_trainable
+
+    def notes(self) -> list[str]:
+        """What the user should know, one sentence each."""
+        found = list(self.plan.notes)
+        if self.trains_in_place and self.dtype == torch.bfloat16:
+            found.append(
+                "weights of the base are trained in bfloat16: a step smaller than about 1/256 of a "
+                "weight is lost; model.dtype: float32 keeps it"
+            )
+        return found
+
+    @property
+    def trains_in_place(self) -> bool:
+        """Whether parameters of the base itself are trained."""
+        return trains_in_place(self.plan, self.num_base_params)
 
 
 def prepare(config: TrainConfig) -> Preparation:
@@ -136,15 +166,17 @@ def prepare(config: TrainConfig) -> Preparation:
         )
     base = empty_model(load_config(config.model.ref))
     require_head(base)
-    plan = _plan(base, config.lora)
+    plan = _plan(base, config)
     tokenizer = load_tokenizer(config.model.ref)
     data = read_data(config, tokenizer)
     device = default_device()
+    num_base_params = sum(p.numel() for p in base.parameters())
+    dtype = _dtype(config, trains_in_place(plan, num_base_params), device)
     memory = estimate_memory(
         base,
-        plan.num_params(),
+        plan,
         _largest_batch(data, config.train.batch_size),
-        dtype=resolve_dtype(config.model.dtype, device) or torch.float32,
+        dtype=dtype,
         checkpointing=config.train.gradient_checkpointing,
     )
     free_bytes = free_memory_bytes(device)
@@ -163,7 +195,8 @@ def prepare(config: TrainConfig) -> Preparation:
         tokenizer=tokenizer,
         data=data,
         plan=plan,
-        num_base_params=sum(p.numel() for p in base.parameters()),
+        num_base_params=num_base_params,
+        dtype=dtype,
         memory=memory,
         free_bytes=free_bytes,
         device=device,
@@ -174,20 +207,31 @@ def prepare(config: TrainConfig) -> Preparation:
     )
 
 
-def _plan(base: PreTrainedModel, spec: LoraSpec) -> AdapterPlan:
+def trains_in_place(plan: TrainableReport, num_base_params: int) -> bool:
+    """Whether parameters of the base itself are trained, beside what the method adds."""
+    return plan.num_total - num_base_params < plan.num_trainable
+
+
+def _dtype(config: TrainConfig, in_place: bool, device: torch.device) -> torch.dtype:
+    if in_place and config.model.dtype is None:
+        return torch.float32
+    return resolve_dtype(config.model.dtype, device) or torch.float32
+
+
+def _plan(base: PreTrainedModel, config: TrainConfig) -> TrainableReport:
     try:
         with warnings.catch_warnings():
-            # The same notes come again when the plan is attached to the real model.
+            # The same notes come again when the method is attached to the real model.
             warnings.simplefilter("ignore", LorakitWarning)
-            return plan_adapter(base, spec)
+            return config.make_method().plan(base)
     except (SpecError, TargetError) as error:
-        # The plan knows the spec's fields, not that they stand in the config's section `lora`.
+        # A method knows its options, not that they stand in the config's section of its name.
         where = error.where or ""
-        if re.split(r"\W", where, maxsplit=1)[0] not in spec.to_dict():
+        if re.split(r"\W", where, maxsplit=1)[0] not in config.options:
             raise
         raise type(error)(
             error.what,
-            where=f"lora.{where}",
+            where=f"{config.method}.{where}",
             expected=error.expected,
             found=error.found,
             remedy=error.remedy,

@@ -125,6 +125,7 @@ def _adapter_facts(config: TrainConfig, report: TrainableReport) -> dict[str, An
     path = Path(config.output) / "adapter"
     return {
         "method": config.method,
+        "options": config.options,
         "path": str(path),
         "trainable_params": report.num_trainable,
         "trainable_share": report.share,

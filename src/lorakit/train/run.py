@@ -21,7 +21,6 @@ from lorakit.errors import RequestError, TrainingError
 from lorakit.files import write_json, write_text
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
-from lorakit.methods.registry import build_method
 from lorakit.models.attention import use_attention
 from lorakit.models.load import load_base_model
 from lorakit.progress import progress
@@ -57,7 +56,7 @@ class TrainResult:
 
     Attributes:
         directory: the run's directory.
-        adapter: the final adapter: PEFT's layout and the passport.
+        adapter: what was learned, with its passport: PEFT's layout for LoRA, see docs/files.md.
         record: what run.json says.
     """
 
@@ -143,7 +142,7 @@ class _Run:
             keep_best=config.train.keep_best,
         )
         self.metrics = MetricsLog(self.directory / "metrics.jsonl")
-        self.method: Method = build_method(config.method, config.lora.to_dict())
+        self.method: Method = config.make_method()
         self.passport = passport(config, prepared)
         # Set by load() and fit().
         self.model: PreTrainedModel
@@ -154,7 +153,7 @@ class _Run:
     def load(self) -> None:
         """Load the base and attach the adapter."""
         base = self.config.model
-        self.model = load_base_model(base.ref, dtype=base.dtype)
+        self.model = load_base_model(base.ref, dtype=self.prepared.dtype)
         if base.attention is not None:
             use_attention(self.model, base.attention)
         self.loaded_bytes = memory_bytes()
@@ -292,6 +291,7 @@ class _Run:
             passport=self.passport,
             checkpoints=self.store,
             identity=self.identity,
+            saves_method=not self.prepared.trains_all,
         )
         max_steps = self.prepared.max_steps
         steps = StepOptions(

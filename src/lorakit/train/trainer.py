@@ -1,4 +1,4 @@
-"""AdapterTrainer: transformers' Trainer, loss at the labels only, checkpoints of the adapter only.
+"""AdapterTrainer: transformers' Trainer, loss at the labels only, checkpoints of what is learned.
 
 What transformers does and what this class does instead, so that a run that was killed goes on bit
 for bit on a CPU:
@@ -60,6 +60,8 @@ class TrainerParts:
         passport: what an adapter that is saved says about itself.
         checkpoints: where checkpoints go.
         identity: what a checkpoint says about its run; see `Checkpoint`.
+        saves_method: whether a checkpoint also holds the method's own directory; a whole model is
+            not written twice.
     """
 
     train: Examples
@@ -71,6 +73,7 @@ class TrainerParts:
     passport: dict[str, Any]
     checkpoints: CheckpointStore
     identity: dict[str, Any]
+    saves_method: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,24 @@ class AdapterTrainer(Trainer):
         return batches, num_items.clamp(min=1).to(device)
 
     # Steps
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The method's groups, each split by whether transformers would decay the parameter."""
+        if self.optimizer is None:
+            named = self.adapter_model.named_parameters()
+            decayed = set(self.get_decay_parameter_names(self.adapter_model))
+            decay = {id(p) for name, p in named if name in decayed}
+            groups: list[dict[str, Any]] = []
+            for group in self.parts.method.param_groups(
+                self.adapter_model, self.args.learning_rate
+            ):
+                for weight_decay, is_decayed in ((self.args.weight_decay, True), (0.0, False)):
+                    chosen = [p for p in group["params"] if (id(p) in decay) == is_decayed]
+                    if chosen:
+                        groups.append({**group, "params": chosen, "weight_decay": weight_decay})
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.adapter_model)
+            self.optimizer = kind(groups, **options)
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warmup, then the schedule, over all steps of the run."""
@@ -315,7 +336,8 @@ class AdapterTrainer(Trainer):
         store = self.parts.checkpoints
         with store.write(step, self.run_state, self.parts.identity) as staging:
             save_state(self.parts.method, self.adapter_model, staging)
-            self.parts.method.save(self.adapter_model, staging / ADAPTER, self.parts.passport)
+            if self.parts.saves_method:
+                self.parts.method.save(self.adapter_model, staging / ADAPTER, self.parts.passport)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
             self.state.save_to_json(str(staging / "trainer_state.json"))

@@ -7,11 +7,10 @@ import pytest
 from tokenizers_for_tests import CHATML, NO_END, make_tokenizer
 
 import tiny_models
-from lorakit.adapters.plan import plan_adapter
-from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import main
-from lorakit.cli.doctor import adapter_finding
+from lorakit.cli.doctor import plan_finding
 from lorakit.errors import LorakitWarning
+from lorakit.methods.registry import build_method
 
 ROWS = [
     {"prompt": f"What is the capital of France {i}?", "completion": f"Paris {i}."} for i in range(6)
@@ -42,7 +41,7 @@ def test_one_screen_from_a_model_and_data(base, data, capsys):
     assert "rows.jsonl line 1" in out
     assert "the end of every answer is learned (<|im_end|>)" in out
     assert "pad and EOS are the same token" in out
-    assert "the targets match" in out
+    assert "lora trains" in out
 
 
 def test_json_of_a_config_with_overrides(base, data, tmp_path, capsys):
@@ -122,10 +121,11 @@ def test_the_adapter_is_one_line_and_its_notes_make_it_a_warning():
     model = tiny_models.build("llama")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LorakitWarning)
-        plain, noted = (plan_adapter(model, LoraSpec(r=r, targets="qv")) for r in (2, 33))
-    found = adapter_finding(plain, 100 * plain.num_params())
+        plain, noted = (build_method("lora", {"r": r}).plan(model) for r in (2, 33))
+    found = plan_finding("lora", plain, plain.notes)
     assert found.level == "ok"
-    assert "the targets match 4 places" in found.text
-    assert "(0.99 % of all)" in found.text
-    assert adapter_finding(noted, 80_000).level == "warning"
-    assert "the rank exceeds" in adapter_finding(noted, 80_000).text
+    assert f"lora trains {plain.num_trainable:,} of {plain.num_total:,} parameters" in found.text
+    assert "at 4 places" in found.text
+    warned = plan_finding("lora", noted, noted.notes)
+    assert warned.level == "warning"
+    assert "the rank exceeds" in warned.text

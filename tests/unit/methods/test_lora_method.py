@@ -9,8 +9,10 @@ import torch
 import tiny_models
 from law_cases import Case, grid
 from learned import assert_same_bits, bits, shake, trainable
+from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import ConfigError, LorakitError, SpecError
 from lorakit.formats.peft import load_adapter
+from lorakit.methods.lora import LoraMethod
 from lorakit.methods.registry import METHODS, build_method
 
 
@@ -71,6 +73,22 @@ def test_loading_a_state_is_strict_and_whole() -> None:
         with pytest.raises(LorakitError):
             method.load(model, wrong)
         assert_same_bits(values, bits(model))
+
+
+def test_lora_plus_learns_b_and_vectors_faster_and_embeddings_at_a_fixed_rate() -> None:
+    model = tiny_models.build("gpt2")
+    spec = LoraSpec(targets=("c_attn", "wpe"), bias="lora_only", also_train=("mlp.c_fc",))
+    method = LoraMethod(spec, lora_plus_ratio=16)
+    method.attach(model)
+    names = {id(p): name for name, p in method.state(model).items()}
+    groups = {g["lr"]: {names[id(p)] for p in g["params"]} for g in method.param_groups(model, 0.5)}
+    assert list(groups) == [0.5, 8.0, 1e-6]
+    slow, fast, fixed = groups.values()
+    assert {name.rpartition(".")[2].strip("@") for name in slow} == {"lora_A", "weight"}
+    assert {name.rpartition(".")[2].strip("@") for name in fast} == {"lora_B", "bias"}
+    assert len(fixed) == 2
+    assert all("wpe" in name for name in fixed)
+    assert slow | fast | fixed == set(names.values())
 
 
 @grid("llama-qv", "gpt2-parts-ranks", "bert-bias-lora-only")

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import ConfigError, LorakitWarning, RequestError, SpecError
+from lorakit.methods.registry import METHODS, build_method
 from lorakit.train.config import TrainConfig, changed_keys
 
 MINIMAL = """
@@ -130,7 +131,7 @@ WRONG = {
     "seed below zero": (["seed=-1"], ConfigError, "seed"),
     "empty output": (["output=''"], ConfigError, "a directory"),
     "unknown task": (["task=dpo"], ConfigError, "sft"),
-    "unknown method": (["method=prefix"], ConfigError, "lora"),
+    "unknown method": (["method=prefxi"], ConfigError, "lora"),
     "rank zero": (["r=0"], SpecError, "lora.r"),
     "alpha zero": (["alpha=0"], SpecError, "lora.alpha"),
     "rank text": (["r=big"], ConfigError, "lora.r"),
@@ -284,3 +285,21 @@ def test_changed_keys_names_every_difference(write):
         "train.lr",
     ]
     assert changed_keys(old.to_dict(), old.to_dict()) == []
+
+
+def test_every_method_has_its_section_and_only_the_chosen_one_is_written():
+    values = {"model": "m", "data": {"train": "rows.jsonl"}, "output": "out"}
+    for method in METHODS:
+        config = TrainConfig.from_dict({**values, "method": method})
+        assert config.make_method().name == method
+        assert set(config.to_dict()) & set(METHODS) == {method}
+        assert TrainConfig.from_dict(config.to_dict()) == config
+        assert build_method(method, config.options).options() == config.make_method().options()
+        [field] = [field for field in TrainConfig.fields() if field.name == "method"]
+        assert method in field.type
+
+
+def test_a_short_name_is_looked_for_in_the_chosen_methods_section_first(write):
+    config = TrainConfig.from_yaml(write(MINIMAL), ["method=bitfit", "also_train=[head]"])
+    assert (config.bitfit.also_train, config.lora.also_train) == (("head",), ())
+    assert TrainConfig.from_yaml(write(MINIMAL), ["also_train=[head]"]).lora.also_train == ("head",)

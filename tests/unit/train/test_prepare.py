@@ -66,7 +66,7 @@ def test_the_memory_of_a_tiny_run_is_not_zero(directory):
     line = next(line for line in prepared.lines(config) if line.startswith("memory"))
     assert not re.search(r"(?<![\d.])0(\.0+)? [kMG]?B", line)
     assert "kB" in line
-    num_params, num_base = prepared.plan.num_params(), prepared.num_base_params
+    num_params, num_base = prepared.plan.num_trainable, prepared.num_base_params
     share = f"{100 * num_params / (num_base + num_params):.1f} % of all"
     assert any(share in line for line in prepared.lines(config))
 

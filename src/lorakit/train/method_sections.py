@@ -1,0 +1,78 @@
+"""The sections of a training config that belong to one method each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import ConfigError
+from lorakit.methods.bitfit import BitFitSpec
+from lorakit.methods.bottleneck_spec import AdapterDropSpec, BottleneckSpec
+from lorakit.methods.full import FullSpec
+from lorakit.methods.last_layers import LastLayersSpec
+from lorakit.methods.prefix_spec import PrefixEmbeddingSpec, PrefixLayerSpec
+from lorakit.methods.registry import METHODS, require_method
+from lorakit.train import schema
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSections:
+    """Which method is trained, and one section per method; a method adds its field here.
+
+    Raises:
+        ConfigError: no such method, or the section of another one is set.
+    """
+
+    method: str = field(
+        default="lora", metadata=_help("what is trained; its options stand in its own section")
+    )
+    lora: LoraSpec = field(default_factory=LoraSpec, metadata=_help("the adapter"))
+    full: FullSpec = field(default_factory=FullSpec, metadata=_help("full fine-tuning"))
+    last_layers: LastLayersSpec = field(
+        default_factory=LastLayersSpec, metadata=_help("the last layers only")
+    )
+    bitfit: BitFitSpec = field(default_factory=BitFitSpec, metadata=_help("biases only"))
+    prefix_embedding: PrefixEmbeddingSpec = field(
+        default_factory=PrefixEmbeddingSpec, metadata=_help("embeddings of special tokens")
+    )
+    prefix_layer: PrefixLayerSpec = field(
+        default_factory=PrefixLayerSpec, metadata=_help("activations of special tokens")
+    )
+    houlsby: BottleneckSpec = field(
+        default_factory=BottleneckSpec, metadata=_help("Adapter-H: two adapters in every block")
+    )
+    lin: BottleneckSpec = field(
+        default_factory=BottleneckSpec, metadata=_help("Adapter-L: one adapter behind the MLP")
+    )
+    pfeiffer: BottleneckSpec = field(
+        default_factory=BottleneckSpec, metadata=_help("Adapter-P: one adapter behind the MLP")
+    )
+    adapterdrop: AdapterDropSpec = field(
+        default_factory=AdapterDropSpec, metadata=_help("Adapter-D: none in the first blocks")
+    )
+
+    def __post_init__(self) -> None:
+        require_method(self.method)
+        sections = self._sections()
+        for name in METHODS:
+            if name != self.method and sections[name] != type(sections[name])():
+                raise ConfigError(
+                    f"the section {name!r} is set, and the method is {self.method!r}",
+                    where=name,
+                    expected=f"the options of {self.method}, in its own section",
+                    remedy=f"method: {name}, or remove the section",
+                )
+
+    def _sections(self) -> dict[str, Any]:
+        """Method -> its section."""
+        return {name: self.__dict__[name] for name in METHODS}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The chosen method's section, as plain values."""
+        return schema.plain(self._sections()[self.method])
