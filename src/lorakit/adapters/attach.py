@@ -59,6 +59,7 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
             remedy="choose another name, or detach it first",
         )
     refuse_merged(model)
+    _refuse_other_methods(model)
     if isinstance(plan, LoraSpec):
         plan = plan_adapter(model, plan)
     modules = base_modules(model)
@@ -79,6 +80,21 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
     record.plans[name] = plan
     record.routing.select(name)
     return plan
+
+
+def _refuse_other_methods(model: nn.Module) -> None:
+    """Freezing the base would freeze what another method learns."""
+    known = (AdaptedLayer, OverriddenModule)
+    others = [
+        m.name for m in model.modules() if isinstance(m, Wrapper) and not isinstance(m, known)
+    ]
+    if others:
+        raise StateError(
+            "another method has changed this model: a LoRA adapter would learn on what it learned",
+            where=type(model).__name__,
+            found=", ".join(others[:4]),
+            remedy="load the base model afresh",
+        )
 
 
 def _refuse_foreign(model: nn.Module, plan: AdapterPlan, modules: dict[str, nn.Module]) -> None:

@@ -25,6 +25,7 @@ from lorakit.layers.bottleneck import (
     Where,
     num_bottleneck_params,
 )
+from lorakit.layers.prefix import find_prefix
 from lorakit.methods.base import TrainableReport
 from lorakit.methods.bottleneck_spec import AdapterDropSpec, BottleneckSpec
 from lorakit.methods.chosen import Choice, ChosenParameters
@@ -176,6 +177,7 @@ class BottleneckMethod(ChosenParameters):
         record = find_attachments(model)
         names = list(record.plans) if record else []
         names += [m.name for m in model.modules() if isinstance(m, Wrapper)]
+        names += ["a prefix"] if find_prefix(model) is not None else []
         if names:
             raise StateError(
                 f"{self.name} cannot be attached beside what is attached already: each would learn "

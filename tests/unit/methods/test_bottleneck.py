@@ -336,7 +336,14 @@ def test_it_does_not_stand_beside_another_method() -> None:
     for step in (build_method("houlsby", {}).plan, build_method("houlsby", {}).attach):
         with pytest.raises(StateError, match="beside"):
             step(model)
+    model = tiny_models.build("llama")
+    build_method("prefix_embedding", {"prefix": 2, "infix": 0}).attach(model)
+    with pytest.raises(StateError, match="beside"):
+        build_method("lin", {}).plan(model)
     model, _, method = attached("houlsby", "llama")
+    with pytest.raises(StateError, match="another method"):
+        attach(model, LoraSpec(r=2, targets="qv"))
+    assert all(t.requires_grad for t in method.state(model).values())
     with pytest.raises(StateError, match="beside"):
         method.attach(model)
     with pytest.raises(MergeError, match="nonlinearity"):
