@@ -19,8 +19,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "training-config.md"
 _TOP = "the whole run"
 _ABOUT = {
     _TOP: "",
-    "model": "`model: NAME` is short for `model: {ref: NAME}`. `quantize: nf4` is refused in this "
-    "version; the key is kept for the next.",
+    "model": "`model: NAME` is short for `model: {ref: NAME}`. 4-bit weights are on "
+    "[quantization](quantization.md).",
     "data": "What the columns and templates mean is on [train](train.md#data).",
     "lora": "The fields of `lorakit.LoraSpec`; targets are on [targets](targets.md).",
     **{name: "See [methods](methods.md)." for name in METHODS if name != "lora"},

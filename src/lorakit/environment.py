@@ -25,6 +25,7 @@ _PACKAGES = (
     "gguf",
     "numpy",
     "peft",
+    "bitsandbytes",
 )
 # What decides the speed and the arithmetic of the matrix products on a CPU.
 _INSTRUCTION_SETS = (

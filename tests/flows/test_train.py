@@ -216,7 +216,7 @@ def changed(directory: Path, section: str, **new) -> TrainConfig:
     ("section", "new", "kind", "says"),
     [
         ("model", {"ref": "no/such/place"}, ModelError, "no/such/place"),
-        ("model", {"quantize": "nf4"}, ModelError, "quantized"),
+        ("train", {"optimizer": "paged_adamw"}, ConfigError, "paged"),
         ("data", {"train": "none.jsonl"}, DataError, "none.jsonl"),
         ("data", {"columns": {"prompt": "question"}}, DataError, "question"),
         ("lora", {"targets": ["q_prj"]}, TargetError, "q_proj"),

@@ -28,6 +28,7 @@ from lorakit.errors import StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
 from lorakit.layers.kinds import KINDS, kind_of
 from lorakit.layers.overridden import OverriddenModule, Override
+from lorakit.weights.nf4 import is_four_bit, settle
 
 
 def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default") -> AdapterPlan:
@@ -163,6 +164,8 @@ def _install(
         if not isinstance(wrapper, AdaptedLayer):
             base = _unwrapped(wrapper, modules[module_name], plan)
             kind = KINDS[sites[0].kind]
+            if is_four_bit(base):
+                settle(base)
             wrapper = AdaptedLayer(base, kind=kind, routing=record.routing, name=module_name)
             _replace(holders, base, wrapper)
         wrapper.factors[module_key(name)] = new_branch(wrapper, sites, plan.spec)

@@ -31,6 +31,7 @@ from lorakit.layers.kinds import kind_of
 from lorakit.layers.low_rank import Branch
 from lorakit.layers.updates import base_norms as rows_of_base
 from lorakit.math.scaling import alpha_for
+from lorakit.weights.storage import storage_of
 
 _SHOWN = 12
 
@@ -138,6 +139,7 @@ def bind_adapter(
         detach(model, name)
         raise
     attachments_of(model).passports[name] = dict(adapter.passport)
+    _note_storage(model, adapter, name)
     if _changes_nothing(adapter):
         warnings.warn(
             f"adapter {name!r} binds but changes nothing: every B A is zero",
@@ -145,6 +147,20 @@ def bind_adapter(
             stacklevel=2,
         )
     return plan
+
+
+def _note_storage(model: nn.Module, adapter: Adapter, name: str) -> None:
+    """Say that the adapter learned beside weights that were rounded in another way."""
+    facts = adapter.passport.get("base")
+    trained = facts.get("storage") if isinstance(facts, Mapping) else None
+    here = storage_of(base_modules(model).values())
+    if trained is not None and trained != here:
+        warnings.warn(
+            f"adapter {name!r} was trained beside {trained} weights of this base; here they are "
+            f"{here}, so its answers differ a little from those it was trained to give",
+            LorakitWarning,
+            stacklevel=3,
+        )
 
 
 def _changes_nothing(adapter: Adapter) -> bool:

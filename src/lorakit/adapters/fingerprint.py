@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.targets import base_modules
+from lorakit.weights.nf4 import FourBitWeight, is_four_bit, source_of
 
 SAMPLES_PER_TENSOR = 16
 _FLOAT16_SMALLEST_NORMAL = 2.0**-14
@@ -89,17 +91,18 @@ def fingerprint(model: nn.Module, *, left_out: Sequence[str] = ()) -> Fingerprin
     """Sample the base's parameters; under a second per gigabyte, changes nothing.
 
     Args:
-        model: a dense model, with or without adapters attached (none merged).
+        model: with or without adapters attached (none merged). A weight that `load_model` quantized
+            counts as what it was before; one that was quantized elsewhere as what it is now.
         left_out: modules whose parameters do not count.
     """
     layout = hashlib.sha256()
     chunks: list[Tensor] = []
     dtypes: dict[str, int] = {}
-    for name, parameter in sorted(_base_parameters(model, tuple(left_out))):
-        layout.update(f"{name}{tuple(parameter.shape)}\n".encode())
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        dtypes[dtype] = dtypes.get(dtype, 0) + parameter.numel()
-        chunks.append(_sample(parameter))
+    for one in sorted(_base_parameters(model, tuple(left_out)), key=lambda one: one.name):
+        layout.update(f"{one.name}{one.shape}\n".encode())
+        dtype = str(one.dtype).removeprefix("torch.")
+        dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(one.shape)
+        chunks.append(one.samples)
     samples = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.bfloat16)
     data = samples.view(torch.uint8).numpy().tobytes() if len(samples) else b""
     whole = hashlib.sha256(layout.digest() + data)
@@ -113,18 +116,40 @@ def fingerprint(model: nn.Module, *, left_out: Sequence[str] = ()) -> Fingerprin
     )
 
 
-def _base_parameters(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+class _Sampled(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    samples: Tensor
+
+
+def _base_parameters(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[_Sampled]:
     seen: set[int] = set()
     for module_name, module in base_modules(model).items():
         if any(module_name == skip or module_name.startswith(skip + ".") for skip in left_out):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and parameter.is_floating_point():
-                seen.add(id(parameter))
-                yield (f"{module_name}.{name}" if module_name else name), parameter
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full_name = f"{module_name}.{name}" if module_name else name
+            if name == "weight" and is_four_bit(module):
+                yield _before_quantization(full_name, module)
+            elif parameter.is_floating_point():
+                shape = tuple(parameter.shape)
+                yield _Sampled(full_name, shape, parameter.dtype, sample(parameter))
 
 
-def _sample(parameter: Tensor) -> Tensor:
+def _before_quantization(name: str, module: nn.Module) -> _Sampled:
+    source = source_of(module)
+    if source is not None:
+        return _Sampled(name, source.shape, source.dtype, source.samples)
+    weight = FourBitWeight(module).read()
+    return _Sampled(name, tuple(weight.shape), weight.dtype, sample(weight))
+
+
+def sample(parameter: Tensor) -> Tensor:
+    """The values of one parameter that count, (up to 16,) bfloat16 on the CPU."""
     flat = parameter.detach().reshape(-1)
     count = min(SAMPLES_PER_TENSOR, len(flat))
     # Spread over the tensor and off its regular grid, so that rows and columns are both visited.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,13 @@ from lorakit.adapters.attachments import (
 )
 from lorakit.adapters.fingerprint import fingerprint
 from lorakit.adapters.plan import whole_modules
+from lorakit.adapters.quantized import leave_dense
 from lorakit.errors import MergeError, StateError
 from lorakit.layers.adapted import AdaptedLayer
+from lorakit.layers.thawed import ThawedWeight
+from lorakit.math.survival import Survival, survival
 from lorakit.weights.base import BaseWeight
+from lorakit.weights.nf4 import FourBitWeight, is_four_bit
 from lorakit.weights.storage import base_weight
 
 
@@ -33,14 +37,18 @@ class Merged:
         num_weights: weights written.
         kept_bytes: memory the kept originals take until `unmerge` or `detach`, in bytes.
         untied: modules that got a weight of their own because theirs was shared.
+        survival: layer -> what is left of the change, where it was quantized again.
     """
 
     num_weights: int
     kept_bytes: int
     untied: tuple[str, ...]
+    survival: dict[str, Survival] = field(default_factory=dict[str, Survival])
 
 
-def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merged:
+def merge(
+    model: nn.Module, name: str = "default", *, keep: bool = True, requantize: bool = False
+) -> Merged:
     """Fold an adapter into the base weights, in float32, stored as W0 was.
 
     W = W0 + s B A for LoRA, m (W0 + s B A) / ||W0 + s B A||_c for DoRA.
@@ -50,11 +58,16 @@ def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merg
     the very bits: this costs the memory of the touched weights once more (`kept_bytes`). A weight
     shared with another module is untied, and the configuration says so.
 
+    A 4-bit weight is multiplied out and the sum stays dense, in the dtype computed in: nothing of
+    the adapter is lost, and the layer takes the memory of a dense one.
+
     Args:
         model: a model with the adapter attached.
         name: the adapter.
         keep: keep the originals for `unmerge`; without, the merge cannot be undone and costs no
             more than one weight at a time.
+        requantize: store sums of 4-bit weights in 4 bits again. Most adapters are smaller than a
+            step of 4 bits: look at `Merged.survival`.
 
     Raises:
         StateError: not attached, or another adapter is merged already.
@@ -63,22 +76,33 @@ def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merg
     plan = require_attached(model, name)
     refuse_merged(model)
     record = attachments_of(model)
+    if requantize:
+        _require_four_bit(model, name)
     base = fingerprint(model, left_out=whole_modules(plan)).to_json()
     untied = tuple(_shared_with_others(model, name))
     if not keep:
         # Nothing could be put back: look at every value before the first one is written.
-        for where, _, value in _merged_values(model, name):
-            _require_finite(where, value)
+        for one in _merged_values(model, name, requantize):
+            _require_finite(one.where, one.value)
     written: list[tuple[BaseWeight, object]] = []
     kept_bytes = num_weights = 0
+    left: dict[str, Survival] = {}
+    dense: list[str] = []
     try:
-        for where, weight, value in _merged_values(model, name):
-            _require_finite(where, value)
+        for one in _merged_values(model, name, requantize):
+            _require_finite(one.where, one.value)
             if keep:
-                kept_bytes += weight.kept_bytes()
-                written.append((weight, weight.keep()))
+                kept_bytes += one.weight.kept_bytes()
+                written.append((one.weight, one.weight.keep()))
             num_weights += 1
-            weight.write(value)
+            if isinstance(one.weight, FourBitWeight) and one.delta is not None:
+                before = one.weight.read()
+                one.weight.write(one.value)
+                left[one.where] = survival(before, one.weight.read(), one.delta)
+            else:
+                one.weight.write(one.value)
+            if isinstance(one.weight, ThawedWeight):
+                dense.append(one.where)
     except BaseException:
         _restore(written)
         raise
@@ -88,7 +112,8 @@ def merge(model: nn.Module, name: str = "default", *, keep: bool = True) -> Merg
     record.routing.active = name
     if untied:
         _untie(model, record)
-    return Merged(num_weights=num_weights, kept_bytes=kept_bytes, untied=untied)
+    record.restore_skips = leave_dense(model, dense)
+    return Merged(num_weights, kept_bytes, untied, left)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -114,6 +139,7 @@ def unmerge(model: nn.Module) -> None:
     if record.untied_config is not None:
         record.untied_config.tie_word_embeddings = True
         record.untied_config = None
+    record.restore_skips()
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
@@ -127,23 +153,44 @@ def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
     return (weight.to(wide) + delta.to(device=weight.device, dtype=wide)).to(weight.dtype)
 
 
-def _merged_values(model: nn.Module, name: str) -> Iterator[tuple[str, BaseWeight, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    where: str
+    weight: BaseWeight
+    value: Tensor
+    delta: Tensor | None = None
+
+
+def _merged_values(model: nn.Module, name: str, requantize: bool) -> Iterator[_Sum]:
     for layer in adapted_layers(model):
         branch = layer.branch_of(name)
         if branch is None:
             continue
-        weight = base_weight(layer.base)
-        yield layer.name, weight, merged_weight(weight.read(), layer.delta(name))
+        thaw = is_four_bit(layer.base) and not requantize
+        weight = ThawedWeight(layer) if thaw else base_weight(layer.base)
+        delta = layer.delta(name)
+        yield _Sum(layer.name, weight, merged_weight(weight.read(), delta), delta)
         if branch.bias is not None:
             bias = base_weight(layer.base, "bias")
-            yield f"{layer.name}.bias", bias, branch.bias.detach().to(bias.read().dtype)
+            value = branch.bias.detach().to(bias.read().dtype)
+            yield _Sum(f"{layer.name}.bias", bias, value)
     for module in overridden_modules(model):
         override = module.override_of(name)
         if override is not None:
             for parameter, value in override.tensors().items():
                 where = f"{module.name}.{parameter}"
                 target = base_weight(module.base, parameter)
-                yield where, target, value.detach().to(target.read().dtype)
+                yield _Sum(where, target, value.detach().to(target.read().dtype))
+
+
+def _require_four_bit(model: nn.Module, name: str) -> None:
+    layers = [layer for layer in adapted_layers(model) if layer.branch_of(name) is not None]
+    if not any(is_four_bit(layer.base) for layer in layers):
+        raise StateError(
+            "there is nothing to quantize again: the adapter's layers are dense",
+            where="requantize",
+            remedy="leave requantize out, or load the base with quantize='nf4'",
+        )
 
 
 def _require_finite(where: str, value: Tensor) -> None:

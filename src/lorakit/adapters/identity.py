@@ -9,7 +9,9 @@ from torch import nn
 
 from lorakit.adapters.attachments import find_attachments
 from lorakit.adapters.fingerprint import Fingerprint, fingerprint
+from lorakit.adapters.targets import base_modules
 from lorakit.errors import BaseMismatchError
+from lorakit.weights.storage import storage_of
 
 
 def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]
         "name": str(getattr(config, "name_or_path", "") or ""),
         "architecture": type(model).__name__,
         "model_type": str(getattr(config, "model_type", "")),
+        "storage": storage_of(base_modules(model).values()),
     }
 
 

@@ -16,7 +16,8 @@ from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_t
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
 from lorakit.layers.rows import Rows
-from lorakit.weights.dense import is_dense
+from lorakit.weights.nf4 import is_four_bit
+from lorakit.weights.storage import storage_refusal
 
 V = TypeVar("V")
 
@@ -158,12 +159,13 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
 
 def _refuse_unstorable(found: list[Candidate]) -> None:
     for candidate in found:
-        if not is_dense(candidate.module):
+        reason = storage_refusal(candidate.module)
+        if reason is not None:
             raise TargetError(
-                "the layer's weight is not an ordinary floating-point parameter",
+                "the layer's weight cannot be read",
                 where=candidate.name,
-                expected="a dense float weight",
-                found=type(candidate.module).__name__,
+                expected="a dense float weight, or 4 bits as load_model(..., quantize='nf4') makes",
+                found=f"{type(candidate.module).__name__}: {reason}",
                 remedy="load the base dense: load_model(..., quantize=None)",
             )
 
@@ -266,6 +268,7 @@ def modules_beside(
                     found=", ".join(inside[:4]),
                     remedy="keep one of the two",
                 )
+            _refuse_four_bit(pattern, name, modules[name])
             shapes = {n: tuple(p.shape) for n, p in modules[name].named_parameters()}
             if not shapes:
                 raise TargetError(
@@ -276,6 +279,16 @@ def modules_beside(
             chosen[name] = OverrideSite(module=name, shapes=shapes)
     nested = [n for n in chosen if any(n.startswith(other + ".") for other in chosen)]
     return [site for name, site in chosen.items() if name not in nested]
+
+
+def _refuse_four_bit(pattern: str, name: str, module: nn.Module) -> None:
+    if any(is_four_bit(part) for part in module.modules()):
+        raise TargetError(
+            "a module with 4-bit weights cannot be trained as a whole",
+            where=f"also_train: {pattern!r}",
+            found=f"{name}: 4-bit numbers have no gradient",
+            remedy="target its layers instead, or load the base dense",
+        )
 
 
 def _other_biases(

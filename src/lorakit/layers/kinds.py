@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.weights.nf4 import is_four_bit
+
 Shape = tuple[int, ...]
 
 
@@ -257,6 +259,9 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 
 def _weight_shape(base: nn.Module) -> Shape:
+    if isinstance(base, nn.Linear) and is_four_bit(base):
+        # Its parameter is a column of packed bytes.
+        return base.out_features, base.in_features
     return tuple(base.get_parameter("weight").shape)
 
 

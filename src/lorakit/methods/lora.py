@@ -19,6 +19,7 @@ from lorakit.formats.peft import save_adapter
 from lorakit.layers.adapted import module_key
 from lorakit.methods.base import TrainableReport, one_group
 from lorakit.methods.state import load_in_place
+from lorakit.weights.storage import num_params
 
 # What the code of LoRA+ calls lr_embedding: fixed, because a one-hot input has no width to scale
 # with.
@@ -128,7 +129,7 @@ class LoraMethod:
 def _report(model: nn.Module, plan: AdapterPlan) -> TrainableReport:
     return TrainableReport(
         num_trainable=plan.num_params(),
-        num_total=sum(p.numel() for p in model.parameters()) + plan.num_params(),
+        num_total=num_params(model) + plan.num_params(),
         sites=tuple(s.name for s in plan.sites) + tuple(o.module for o in plan.overrides),
         notes=plan.notes,
     )

@@ -15,7 +15,12 @@ from lorakit.errors import ModelError
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # The names safetensors uses in its headers, with the bytes of one element.
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _OTHER_BYTES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 
 # Weights in other layouts, and what belongs to the base alone.
@@ -78,6 +83,25 @@ def estimate_model_bytes(directory: str | Path, dtype: torch.dtype | None = None
     return total_bytes
 
 
+def stored_dtypes(directory: str | Path) -> set[torch.dtype]:
+    """The floating dtypes that the checkpoint's tensors have, from the headers alone.
+
+    Raises:
+        ModelError: the files are missing or their headers cannot be read.
+    """
+    found: set[torch.dtype] = set()
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    dtype = _FLOATS.get(tensors.get_slice(name).get_dtype())
+                    if dtype is not None:
+                        found.add(dtype)
+        except (SafetensorError, OSError) as error:
+            raise unreadable(file, error) from error
+    return found
+
+
 def unreadable(file: Path, error: Exception) -> ModelError:
     """The error for a safetensors file that cannot be read."""
     return ModelError(
@@ -90,11 +114,9 @@ def unreadable(file: Path, error: Exception) -> ModelError:
 
 
 def _tensor_bytes(shape: list[int], stored: str, dtype: torch.dtype | None) -> int:
-    if stored in _FLOAT_BYTES:
-        size = dtype.itemsize if dtype is not None else _FLOAT_BYTES[stored]
-    else:
-        size = _OTHER_BYTES.get(stored, 1)
-    return math.prod(shape) * size
+    if stored in _FLOATS:
+        return math.prod(shape) * (dtype or _FLOATS[stored]).itemsize
+    return math.prod(shape) * _OTHER_BYTES.get(stored, 1)
 
 
 def _indexed_names(index: Path) -> list[str]:

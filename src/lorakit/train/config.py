@@ -47,7 +47,11 @@ class ModelSection:
         ),
     )
     quantize: Literal["nf4"] | None = field(
-        default=None, metadata=_help("keep the frozen weights in 4 bits: not in this version")
+        default=None,
+        metadata=_help(
+            "nf4: keep the frozen weights of linear layers in 4 bits (extra: quant); null: as they "
+            "are stored"
+        ),
     )
     attention: Literal["eager", "sdpa", "grouped", "flash_attention_2"] | None = field(
         default=None,
@@ -120,6 +124,13 @@ class TrainSection:
     )
     warmup_ratio: float = field(
         default=0.0, metadata=_help("the same as a share of all steps, 0 to 1")
+    )
+    optimizer: Literal["adamw", "paged_adamw"] = field(
+        default="adamw",
+        metadata=_help(
+            "adamw, or paged_adamw: the same with its state in CUDA's unified memory, moved to the "
+            "host when the device is full (extra: quant)"
+        ),
     )
     weight_decay: float = field(default=0.0, metadata=_help("AdamW's decoupled weight decay"))
     adam_betas: tuple[float, float] = field(

@@ -14,6 +14,7 @@ from lorakit.errors import MemoryPlanError
 from lorakit.formatting import format_bytes
 from lorakit.methods.base import TrainableReport
 from lorakit.models.load import model_class
+from lorakit.models.nf4 import estimate_nf4_bytes
 
 # Per trained parameter: its gradient and AdamW's two moments, in float32 ...
 _OPTIMIZER_BYTES = 12
@@ -90,6 +91,7 @@ def estimate_memory(
     *,
     dtype: torch.dtype,
     checkpointing: bool,
+    four_bit: bool = False,
 ) -> MemoryEstimate:
     """The estimate.
 
@@ -99,6 +101,7 @@ def estimate_memory(
         batch: the largest batch.
         dtype: of the base's weights, and taken for the activations.
         checkpointing: whether activations are recomputed layer by layer.
+        four_bit: whether linear layers are kept in NF4.
     """
     num_weights = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     head = model.get_output_embeddings()
@@ -114,7 +117,9 @@ def estimate_memory(
         per_token = per_token // num_layers + num_layers * hidden
     vocabulary = head.weight.shape[0] if isinstance(head, nn.Linear) else 0
     return MemoryEstimate(
-        weights_bytes=num_weights * dtype.itemsize,
+        weights_bytes=estimate_nf4_bytes(model, dtype)
+        if four_bit
+        else num_weights * dtype.itemsize,
         trained_bytes=plan.num_trainable * _OPTIMIZER_BYTES
         + (plan.num_total - num_weights) * _ADDED_BYTES
         + plan.kept_bytes,
@@ -143,6 +148,6 @@ def require_room(estimate: MemoryEstimate, free_bytes: int) -> None:
             where="model and method",
             expected=f"at least {format_bytes(least_bytes)}; {estimate}",
             found=f"{format_bytes(free_bytes)} free",
-            remedy="set model.dtype to bfloat16, or use a smaller model, rank or target, or a "
-            "method that trains less",
+            remedy="set model.dtype to bfloat16 or model.quantize to nf4, or use a smaller model, "
+            "rank or target, or a method that trains less",
         )

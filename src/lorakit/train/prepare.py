@@ -19,7 +19,6 @@ from lorakit.environment import default_device, supports_bf16
 from lorakit.errors import (
     DataError,
     LorakitWarning,
-    ModelError,
     SpecError,
     TargetError,
 )
@@ -36,6 +35,7 @@ from lorakit.train.memory import (
     free_memory_bytes,
     require_room,
 )
+from lorakit.train.storage import require_storage
 from lorakit.train.trainer import steps_per_epoch
 
 
@@ -156,14 +156,7 @@ def prepare(config: TrainConfig) -> Preparation:
         ModelError, DataError, TargetError, SpecError: what is asked for is not there or cannot be.
         MemoryPlanError: the run cannot fit.
     """
-    if config.model.quantize is not None:
-        raise ModelError(
-            "training on a quantized base is not part of this version",
-            where="model.quantize",
-            expected="null",
-            found=config.model.quantize,
-            remedy="remove it: the weights are loaded dense",
-        )
+    require_storage(config, default_device())
     base = empty_model(load_config(config.model.ref))
     require_head(base)
     plan = _plan(base, config)
@@ -178,6 +171,7 @@ def prepare(config: TrainConfig) -> Preparation:
         _largest_batch(data, config.train.batch_size),
         dtype=dtype,
         checkpointing=config.train.gradient_checkpointing,
+        four_bit=config.model.quantize is not None,
     )
     free_bytes = free_memory_bytes(device)
     require_room(memory, free_bytes)

@@ -101,6 +101,7 @@ def run_record(
             "num_params": prepared.num_base_params,
             "bytes": prepared.memory.weights_bytes,
             "sha256": facts["base_sha256"],
+            "quantization": facts["quantization"],
         },
         "adapter": _adapter_facts(config, report),
         "data": prepared.data.to_json(),

@@ -23,6 +23,7 @@ from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.attention import use_attention
 from lorakit.models.load import load_base_model
+from lorakit.models.nf4 import Quantization, quantization_of
 from lorakit.progress import progress
 from lorakit.train.callbacks import (
     Cadence,
@@ -48,6 +49,9 @@ from lorakit.train.resume import (
 from lorakit.train.trainer import AdapterTrainer, StepOptions, TrainerParts
 
 Say = Callable[[str], None]
+
+# The names of transformers.
+_OPTIMIZERS = {"adamw": TrainingArguments.default_optim, "paged_adamw": "paged_adamw_32bit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +152,17 @@ class _Run:
         self.model: PreTrainedModel
         self.loaded_bytes: int
         self.report: TrainableReport
+        self.quantization: Quantization | None = None
         self.state = RunState() if start is None else start.state
 
     def load(self) -> None:
         """Load the base and attach the adapter."""
         base = self.config.model
-        self.model = load_base_model(base.ref, dtype=self.prepared.dtype)
+        self.model = load_base_model(base.ref, base.quantize, dtype=self.prepared.dtype)
+        self.quantization = quantization_of(self.model)
+        if self.quantization is not None:
+            self.say(f"base in {self.quantization}")
+            self.passport["quantization"] = self.quantization.to_json()
         if base.attention is not None:
             use_attention(self.model, base.attention)
         self.loaded_bytes = memory_bytes()
@@ -236,6 +245,7 @@ class _Run:
                 "final": metrics,
                 "base_sha256": self.identity["base_sha256"],
                 "loaded_bytes": self.loaded_bytes,
+                "quantization": None if self.quantization is None else self.quantization.to_json(),
                 "timing": clock.seconds(),
                 "warnings": warned,
             },
@@ -335,6 +345,7 @@ def training_arguments(config: TrainConfig, max_steps: int) -> TrainingArguments
         adam_beta2=options.adam_betas[1],
         adam_epsilon=options.adam_eps,
         max_grad_norm=options.max_grad_norm or 0.0,
+        optim=_OPTIMIZERS[options.optimizer],
         seed=config.seed,
         save_strategy="no",
         eval_strategy="no",

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 import tiny_models
 from lorakit.errors import LorakitWarning, MemoryPlanError, ModelError
-from lorakit.models import load as loading
+from lorakit.models import memory as loading
 from lorakit.models.checkpoint import estimate_model_bytes, weight_files
 from lorakit.models.load import load_base_model, load_config, load_model, load_tokenizer
 
@@ -82,11 +82,11 @@ def test_an_unknown_dtype_is_refused(tmp_path, asked):
         load_model(tmp_path, dtype=asked)
 
 
-def test_quantized_loading_is_refused_and_says_so(tmp_path):
+def test_an_unknown_quantization_is_refused_and_says_so(tmp_path):
     save("llama", tmp_path)
-    with pytest.raises(ModelError, match="quantized") as caught:
-        load_model(tmp_path, "nf4")
-    assert caught.value.found == "'nf4'"
+    with pytest.raises(ModelError, match="quantization") as caught:
+        load_model(tmp_path, "int3")
+    assert caught.value.found == "'int3'"
 
 
 def test_an_unknown_model_type_names_near_ones(tmp_path):

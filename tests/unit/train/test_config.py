@@ -273,6 +273,7 @@ def test_every_field_has_a_help_text_and_a_readable_type():
     assert by_name["train.eval_every"].type == "a whole number or epoch"
     assert by_name["model.dtype"].type == "float32, bfloat16 or nothing (null)"
     assert by_name["data.train"].required
+    assert "4 bits" in by_name["model.quantize"].help
     assert by_name["lora.r"].default == 8
 
 
