@@ -62,6 +62,13 @@ bench-e2e: setup  ## SmolLM2 on the E2E data, base against adapter (needs minute
 bench-latency: setup  ## the paper's Table 1 on this machine's CPU, scaled down (needs minutes)
 	$(BIN)/python benchmarks/latency.py --scale 8
 
+# DATA: the directory of the data sets; see docs/compare.md.
+bench-glue: setup  ## eight methods on four GLUE tasks (needs an hour): make bench-glue DATA=DIR
+	$(BIN)/python benchmarks/compare_methods.py glue --data $(DATA)
+
+bench-compare-e2e: setup  ## ten methods on E2E (needs half an hour): make bench-compare-e2e DATA=DIR
+	$(BIN)/python benchmarks/compare_methods.py e2e --data $(DATA)
+
 clean:  ## remove what builds and tools leave; keeps .venv and runs/
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

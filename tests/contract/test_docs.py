@@ -156,6 +156,17 @@ def test_the_config_reference_is_current() -> None:
     assert committed == module.page(), "run: python scripts/write_config_reference.py"
 
 
+def test_the_reproduction_page_is_current() -> None:
+    script = ROOT / "scripts" / "write_reproduction.py"
+    found = importlib.util.spec_from_file_location("write_reproduction", script)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    committed = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    assert committed == module.page(), "run: python scripts/write_reproduction.py"
+
+
 def test_there_is_something_to_check() -> None:
     assert len(ALL_COMMANDS) > 20
     assert len(YAML) >= 3
