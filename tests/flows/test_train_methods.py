@@ -31,8 +31,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "train": {"weight_decay": 0.1}},
     "last-layers": {"method": "last_layers", "last_layers": {"num_layers": 1, "head": "also"}},
     "bitfit-added": {"method": "bitfit", "bitfit": {"add": True}, "train": {"lr": 0.05}},
+    "prefix-embedding": {
+        "method": "prefix_embedding",
+        "prefix_embedding": {"prefix": 3, "infix": 2},
+        "train": {"lr": 0.05},
+    },
+    "prefix-layer": {
+        "method": "prefix_layer",
+        "prefix_layer": {"prefix": 3, "infix": 1, "init": "normal", "also_train": ["model.norm"]},
+        "train": {"lr": 0.05},
+    },
 }
-NUM_GROUPS = {"lora-plus": 3, "full": 2, "last-layers": 2, "bitfit-added": 1}
+NUM_GROUPS = {
+    "lora-plus": 3,
+    "full": 2,
+    "last-layers": 2,
+    "bitfit-added": 1,
+    "prefix-embedding": 1,
+    "prefix-layer": 2,
+}
 
 each_run = pytest.mark.parametrize("name", RUNS)
 

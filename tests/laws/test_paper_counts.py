@@ -148,3 +148,12 @@ def test_bitfit_on_roberta_base_is_the_papers_tenth_of_a_million() -> None:
     head = d * d + d + 2 * d + 2
     assert report.num_trainable == biases + head
     assert round(biases / 1e6, 1) == 0.1
+
+
+def test_prefixes_of_gpt3() -> None:
+    embedding = count("gpt3", "prefix_embedding", {"prefix": 256, "infix": 8})
+    assert embedding.num_trainable == 12288 * (256 + 8) == 3_244_032  # printed: 3.2M
+    # Printed as 20.2M, which the formula L d_model (l_p + l_i) does not give.
+    layers = count("gpt3", "prefix_layer", {"prefix": 8, "infix": 8})
+    assert layers.num_trainable == 96 * 12288 * (8 + 8) == 18_874_368
+    assert len(layers.sites) == 96

@@ -27,6 +27,7 @@ from lorakit.methods.base import TrainableReport
 from lorakit.models.label_head import require_head
 from lorakit.models.load import load_config, load_tokenizer, resolve_dtype
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
+from lorakit.train.context import require_context
 from lorakit.train.memory import (
     BatchShape,
     MemoryEstimate,
@@ -162,13 +163,14 @@ def prepare(config: TrainConfig) -> Preparation:
     plan = _plan(base, config)
     tokenizer = load_tokenizer(config.model.ref)
     data = read_data(config, tokenizer)
+    require_context(base.config, plan, config.method, (data.train, data.validation))
     device = default_device()
     num_base_params = sum(p.numel() for p in base.parameters())
     dtype = _dtype(config, trains_in_place(plan, num_base_params), device)
     memory = estimate_memory(
         base,
         plan,
-        _largest_batch(data, config.train.batch_size),
+        _largest_batch(data, config.train.batch_size, plan.extra_positions),
         dtype=dtype,
         checkpointing=config.train.gradient_checkpointing,
         four_bit=config.model.quantize is not None,
@@ -282,7 +284,8 @@ def resolve_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.train.precision == "bf16"
 
 
-def _largest_batch(data: RunData, batch_size: int) -> BatchShape:
+def _largest_batch(data: RunData, batch_size: int, extra_positions: int) -> BatchShape:
     rows = min(batch_size, len(data.train))
     learned = sorted((example.num_learned for example in data.train), reverse=True)
-    return BatchShape(rows=rows, length=max(map(len, data.train)), labels=sum(learned[:rows]))
+    longest = max(map(len, data.train)) + extra_positions
+    return BatchShape(rows=rows, length=longest, labels=sum(learned[:rows]))

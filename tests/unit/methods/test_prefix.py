@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import DynamicCache
 
 import tiny_models
@@ -23,24 +22,6 @@ def attached(architecture: str, name: str = "prefix_embedding", **options: Any) 
     model = tiny_models.build(architecture)
     build_method(name, {"prefix": 3, "infix": 2, **options}).attach(model)
     return model
-
-
-def gpt3() -> GPT2LMHeadModel:
-    """GPT-3's shape as a GPT-2, without weights."""
-    with torch.device("meta"):
-        return GPT2LMHeadModel(
-            GPT2Config(n_embd=12288, n_layer=96, n_head=96, n_positions=2048, vocab_size=50257)
-        )
-
-
-def test_the_counts_are_the_papers_for_gpt3() -> None:
-    model = gpt3()
-    embedding = build_method("prefix_embedding", {"prefix": 256, "infix": 8}).plan(model)
-    assert embedding.num_trainable == 3_244_032
-    layers = build_method("prefix_layer", {"prefix": 8, "infix": 8}).plan(model)
-    assert layers.num_trainable == 18_874_368
-    assert (embedding.extra_positions, layers.extra_positions) == (264, 16)
-    assert len(layers.sites) == 96
 
 
 @each_method
