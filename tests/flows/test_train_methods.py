@@ -41,6 +41,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "prefix_layer": {"prefix": 3, "infix": 1, "init": "normal", "also_train": ["model.norm"]},
         "train": {"lr": 0.05},
     },
+    "lin": {"method": "lin", "lin": {"bottleneck": 6}, "train": {"lr": 0.02}},
+    # What is dropped in each step is drawn at random: a resumed run draws the same.
+    "adapterdrop-random": {
+        "method": "adapterdrop",
+        "adapterdrop": {
+            "bottleneck": 6,
+            "drop_first": 1,
+            "at_random": True,
+            "placement": "houlsby",
+        },
+        "train": {"lr": 0.02},
+    },
 }
 NUM_GROUPS = {
     "lora-plus": 3,
@@ -49,6 +61,8 @@ NUM_GROUPS = {
     "bitfit-added": 1,
     "prefix-embedding": 1,
     "prefix-layer": 2,
+    "lin": 2,
+    "adapterdrop-random": 2,
 }
 
 each_run = pytest.mark.parametrize("name", RUNS)
