@@ -156,6 +156,10 @@ class TrainSection:
     length_grouping: bool = field(
         default=True, metadata=_help("batches of rows of similar length: less padding")
     )
+    init_batches: int = field(
+        default=8,
+        metadata=_help("batches that lora.init: eva or lora_ga looks at before the first step"),
+    )
     eval_every: int | Literal["epoch"] = field(
         default="epoch", metadata=_help("validate every so many steps, or after each epoch")
     )
@@ -198,6 +202,7 @@ class TrainSection:
         _require_at_least(self, "max_steps", 1)
         _require_at_least(self, "batch_size", 1)
         _require_at_least(self, "gradient_accumulation", 1)
+        _require_at_least(self, "init_batches", 1)
 
     def _check_optimizer(self) -> None:
         _require(self.lr > 0, "train.lr", "lr > 0", self.lr)

@@ -35,6 +35,7 @@ from lorakit.train.callbacks import (
 )
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore, RunState, load_state
 from lorakit.train.config import TrainConfig
+from lorakit.train.data_start import first_batches, start_from_data
 from lorakit.train.interrupt import Interrupt, TrainingPaused
 from lorakit.train.metrics import MetricsLog
 from lorakit.train.prepare import Preparation, prepare
@@ -173,8 +174,22 @@ class _Run:
         set_seed(self.config.seed)
         self.report = self.method.attach(self.model)
         use_fast_norms(self.model)
+        if self.start is None:
+            self._start_from_data()
         if self.config.train.gradient_checkpointing:
             _checkpoint_activations(self.model)
+
+    def _start_from_data(self) -> None:
+        batches = first_batches(
+            self.prepared.data.train,
+            self._collator(),
+            num_batches=self.config.train.init_batches,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+        )
+        seen = start_from_data(self.method, self.model, batches)
+        if seen:
+            self.say(f"lora.init: {self.config.lora.init} has looked at {seen} batches")
 
     def fit(self) -> None:
         """Train from the start or the checkpoint to the end; the adapter stays in the model."""
@@ -282,9 +297,12 @@ class _Run:
             save_every=per_epoch if options.save_every == "epoch" else options.save_every,
         )
 
+    def _collator(self) -> Collator:
+        pad = self.prepared.tokenizer.pad_token_id
+        return Collator(pad_token_id=pad if isinstance(pad, int) else 0)
+
     def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         config, data, options = self.config, self.prepared.data, self.config.train
-        pad = self.prepared.tokenizer.pad_token_id
         sampler = LengthGroupedSampler(
             data.train.lengths,
             options.batch_size,
@@ -294,7 +312,7 @@ class _Run:
         parts = TrainerParts(
             train=data.train,
             validation=data.validation,
-            collate=Collator(pad_token_id=pad if isinstance(pad, int) else 0),
+            collate=self._collator(),
             sampler=sampler,
             origin=data.train_rows.origin,
             method=self.method,

@@ -1,0 +1,52 @@
+"""Before the first step: an adapter whose start is taken from data looks at some batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lorakit.adapters.data_init import initialise_from_data
+from lorakit.adapters.spec import DATA_INITS
+from lorakit.methods.base import Method
+from lorakit.methods.lora import LoraMethod
+
+T = TypeVar("T")
+
+
+def start_from_data(
+    method: Method,
+    model: nn.Module,
+    batches: Iterator[dict[str, Tensor]],
+) -> int:
+    """Give an attached adapter with init "eva" or "lora_ga" its start; others are left alone.
+
+    Returns:
+        The number of batches seen; 0 where the adapter starts otherwise.
+
+    Raises:
+        DataError: the batches say too little for the rank.
+    """
+    if not isinstance(method, LoraMethod) or method.spec.init not in DATA_INITS:
+        return 0
+    device = next(model.parameters()).device
+    moved = ({name: value.to(device) for name, value in batch.items()} for batch in batches)
+    return initialise_from_data(model, method.adapter_name, moved)
+
+
+def first_batches(
+    examples: Sequence[T],
+    collate: Callable[[Sequence[T]], Any],
+    *,
+    num_batches: int,
+    batch_size: int,
+    seed: int,
+) -> Iterator[Any]:
+    """Batches of rows drawn without repetition; the same ones for the same seed."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    for start in range(0, min(len(order), num_batches * batch_size), batch_size):
+        chosen = order[start : min(start + batch_size, num_batches * batch_size)]
+        yield collate([examples[i] for i in chosen])
