@@ -97,6 +97,8 @@ class LoraMethod:
         embeddings = {layer.name for layer in adapted_layers(model) if layer.kind.name == EMBEDDING}
         rates = {lr: [], lr * self.lora_plus_ratio: [], LORA_PLUS_EMBEDDING_LR: []}
         for name, parameter in self.state(model).items():
+            if not parameter.requires_grad:
+                continue  # (A0, B0) of a start
             if any(name.startswith(f"{layer}.") for layer in embeddings):
                 rates[LORA_PLUS_EMBEDDING_LR].append(parameter)
             elif name.endswith("lora_B") or parameter.ndim == 1:
