@@ -35,6 +35,7 @@ class Spectrum:
     norm: float
     singular_values: list[float]
     effective_rank: float
+    magnitude_norm: float | None = None  # of DoRA's m
 
     @classmethod
     def of(cls, site: str, factors: Factors) -> Spectrum:
@@ -49,6 +50,7 @@ class Spectrum:
             norm=float(values.norm()),
             singular_values=values.tolist(),
             effective_rank=effective_rank(values),
+            magnitude_norm=None if factors.magnitude is None else float(factors.magnitude.norm()),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class Spectrum:
             "norm": self.norm,
             "singular_values": self.singular_values,
             "effective_rank": self.effective_rank,
+            "magnitude_norm": self.magnitude_norm,
         }
 
 
@@ -178,6 +181,12 @@ def _show_sites(spectra: list[Spectrum], top: int | None) -> None:
     if spectra:
         total = float(torch.tensor([spectrum.norm for spectrum in spectra]).norm())
         console.note(f"norm of the whole update: {format_number(total)}")
+        magnitudes = [s.magnitude_norm for s in spectra if s.magnitude_norm is not None]
+        if magnitudes:
+            whole = float(torch.tensor(magnitudes).norm())
+            console.note(
+                f"DoRA: norm of all magnitudes {format_number(whole)}; s B A is added first"
+            )
         silent = [spectrum.site for spectrum in spectra if spectrum.norm == 0]
         if silent:
             console.warn(f"{len(silent)} of {len(spectra)} updates are zero: {silent[0]}, ...")
