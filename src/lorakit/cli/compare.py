@@ -105,7 +105,9 @@ def _show(result: CompareResult) -> None:
     for row in found["rows"]:
         table.add_row(*(row[i] for i in shown))
     out = console.stdout()
-    out.print(table, width=out.width if out.is_terminal else _PLAIN_WIDTH)
+    if not out.is_terminal:
+        out.width = _PLAIN_WIDTH
+    out.print(table)
     console.note(found.get("note", ""))
     if result.remaining:
         console.note(f"{len(result.remaining)} cells to go: run the same command again")
