@@ -12,7 +12,6 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.adapters.attach import use
 from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session
 from lorakit.errors import RequestError
@@ -148,7 +147,7 @@ def _stream(talk: _Talk, label: str) -> str:
         eos_token_id=list(eos_ids) or None,
     )
     ids = torch.tensor([prompt], device=model.device)
-    with use(model, talk.session.systems[label]), torch.inference_mode():
+    with talk.session.systems[label](), torch.inference_mode():
         output = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

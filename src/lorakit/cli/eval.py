@@ -73,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
     )
     rows = load_rows(args.data, split=args.split)
     session = open_session(args)
-    result = evaluate(
-        session.model, session.tokenizer, rows, options, systems=dict(session.systems)
-    )
+    result = evaluate(session.model, session.tokenizer, rows, options, systems=session.systems)
     record: dict[str, Any] = {
         "model": session.ref,
         "adapter": args.adapter,

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.text import Text
 
-from lorakit.adapters.attach import use
 from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session
 from lorakit.cli.settings import add_row_arguments, sft_options
@@ -83,7 +82,7 @@ def _rows(args: argparse.Namespace) -> Rows:
 def _answers(
     session: Session, system: str, prompts: list[list[int]], args: argparse.Namespace
 ) -> list[Answer]:
-    with use(session.model, session.systems[system]):
+    with session.systems[system]():
         return generate_answers(
             session.model,
             session.tokenizer,

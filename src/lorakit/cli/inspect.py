@@ -14,8 +14,11 @@ import torch
 import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.cli import console
+from lorakit.cli.inspect_method import measure, record, show
 from lorakit.formatting import format_bytes, format_count, format_estimate, format_number
 from lorakit.math.svd import effective_rank, product_singular_values
+from lorakit.methods.files import Saved, read_saved
+from lorakit.methods.lora import LoraMethod
 
 SUMMARY = "look inside an adapter's files"
 
@@ -78,6 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, measure and print; returns the exit code."""
+    saved = read_saved(args.adapter)
+    if saved.name != LoraMethod.name:
+        _inspect_method(saved, args)
+        return 0
     adapter = Adapter.load(args.adapter)
     spectra = [Spectrum.of(site, factors) for site, factors in adapter.factors.items()]
     if args.sort == "norm":
@@ -100,6 +107,17 @@ def run(args: argparse.Namespace) -> int:
     _show(args.adapter, adapter, num_bytes)
     _show_sites(spectra, args.top)
     return 0
+
+
+def _inspect_method(saved: Saved, args: argparse.Namespace) -> None:
+    learned, note = measure(saved)
+    if args.sort == "norm":
+        learned.sort(key=lambda item: -item.norm)
+    found = record(saved, learned, note)
+    if args.json:
+        console.print_json({**found, "sites": found["sites"][: args.top]})
+    else:
+        show(found, learned[: args.top], passport_facts({**saved.passport, "method": saved.name}))
 
 
 def _show(path: str, adapter: Adapter, num_bytes: int) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -12,7 +15,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli.console import note
 from lorakit.errors import AdapterFileError, RequestError
-from lorakit.formats.peft import load_adapter
+from lorakit.methods.base import Method
+from lorakit.methods.files import read_saved
+from lorakit.methods.lora import LoraMethod
+from lorakit.methods.saved import load_saved
 from lorakit.models.load import load_model
 
 # The name an adapter from the command line has on the model.
@@ -25,23 +31,22 @@ class Session:
 
     Attributes:
         ref: the base as it was named.
-        model: the base, with the adapter attached and active if there is one.
+        model: the base, with what was learned attached and active if there is any.
         tokenizer: its tokenizer.
-        adapter: the adapter's name on the model, or None.
+        method: what was learned, or None.
     """
 
     ref: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    adapter: str | None
+    method: Method | None
 
     @property
-    def systems(self) -> dict[str, str | None]:
-        """What can answer: a label and the adapter to use."""
-        found: dict[str, str | None] = {"base": None}
-        if self.adapter is not None:
-            found["adapter"] = self.adapter
-        return found
+    def systems(self) -> dict[str, Callable[[], AbstractContextManager[object]]]:
+        """What can answer: a label, and what switches the model over for a block."""
+        if self.method is None:
+            return {"base": nullcontext}
+        return {"base": partial(self.method.disabled, self.model), "adapter": nullcontext}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="the base: a hub id, a directory, a .gguf file or a named model such as "
         "smollm2-135m-instruct; by default the base that the adapter names",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="an adapter's directory")
+    parser.add_argument("--adapter", metavar="DIR", help="a directory that a method saved")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16", "auto"],
@@ -76,11 +81,10 @@ def open_session(args: argparse.Namespace) -> Session:
     ref = args.model or base_of(args.adapter)
     note(f"loading {ref}" + (f" with {args.adapter}" if args.adapter else ""))
     model, tokenizer = load_model(ref, dtype=args.dtype, device=args.device)
+    method = None
     if args.adapter:
-        load_adapter(model, args.adapter, name=ADAPTER, any_base=args.any_base)
-    return Session(
-        ref=ref, model=model, tokenizer=tokenizer, adapter=ADAPTER if args.adapter else None
-    )
+        method = load_saved(model, args.adapter, name=ADAPTER, any_base=args.any_base)
+    return Session(ref=ref, model=model, tokenizer=tokenizer, method=method)
 
 
 def base_of(adapter: str | None) -> str:
@@ -97,6 +101,13 @@ def base_of(adapter: str | None) -> str:
             expected="--model REF, --adapter DIR, or both",
             remedy="for a first try: --model smollm2-135m-instruct",
         )
+    saved = read_saved(adapter)
+    if saved.name != LoraMethod.name:
+        if saved.base is None:
+            raise AdapterFileError(
+                "the passport does not name its base", where=adapter, remedy="name it: --model REF"
+            )
+        return saved.base
     file = Path(adapter) / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,10 @@ from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.scoring import SCORERS
 from lorakit.evaluate.tasks import Choices, Question, build_choices, build_questions
 from lorakit.models.label_head import require_head
+
+# What a system is: an adapter's name on the model, None for the base alone, or what switches the
+# model over for a block.
+System = str | None | Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ def evaluate(
     rows: Rows,
     options: EvalOptions,
     *,
-    systems: Mapping[str, str | None] | None = None,
+    systems: Mapping[str, System] | None = None,
 ) -> EvalResult:
     """Measure each system on the same rows, and the difference of each to the first.
 
@@ -167,8 +172,7 @@ def evaluate(
         tokenizer: its tokenizer.
         rows: the data; see `lorakit.evaluate.tasks` for the columns that metrics need.
         options: what to measure.
-        systems: from the name a system has in the result to its adapter, None for the base alone;
-            by default the base alone.
+        systems: from the name a system has in the result to what it is; by default the base alone.
 
     Raises:
         DataError: no rows, a row that lacks what a metric needs, a prompt that does not fit.
@@ -180,12 +184,12 @@ def evaluate(
         raise DataError("there is no system to evaluate", expected="at least one")
     require_head(model)
     for adapter in systems.values():
-        with use(model, adapter):  # refuses an unknown name now, not after the others have run
+        with _using(model, adapter):  # refuses an unknown name now, not after the others have run
             pass
     work, num_rows = _prepare(model, tokenizer, rows, options)
     results: dict[str, SystemResult] = {}
     for name, adapter in systems.items():
-        with use(model, adapter):
+        with _using(model, adapter):
             results[name] = _measure(model, tokenizer, work, options, name)
     baseline, *others = results
     differences = {
@@ -201,6 +205,10 @@ def evaluate(
         str(tokenizer.decode(list(q.prompt_ids), skip_special_tokens=True)) for q in work.questions
     ]
     return EvalResult(baseline, results, differences, work.questions, prompts, num_rows)
+
+
+def _using(model: PreTrainedModel, system: System) -> AbstractContextManager[object]:
+    return system() if callable(system) else use(model, system)
 
 
 def _prepare(

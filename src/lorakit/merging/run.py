@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.attach import detach, use
-from lorakit.adapters.bind import bind_adapter
-from lorakit.adapters.fold import merge
-from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelError
+from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, write_json
 from lorakit.merging.plan import MergePlan, plan_merge
 from lorakit.merging.probes import Answers, ask, make_probes, max_abs_difference
 from lorakit.merging.shards import StoredChange, write_shards
+from lorakit.methods.base import Method
+from lorakit.methods.files import Saved, read_saved
+from lorakit.methods.lora import LoraMethod
+from lorakit.methods.saved import load_saved
 from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model, load_tokenizer
 from lorakit.models.resolve import resolve_model
@@ -68,23 +69,28 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         MergeError: the proof failed; nothing is left behind.
     """
     started = time.monotonic()
-    adapter = Adapter.load(request.adapter)
+    saved = read_saved(request.adapter)
+    adapter = Adapter.load(request.adapter) if saved.name == LoraMethod.name else None
     require_free(request.output)
-    ref = request.base or _named_base(adapter, request.adapter)
+    ref = request.base or (
+        _named_base(adapter, request.adapter) if adapter else _base_in_passport(saved)
+    )
     resolved = resolve_model(ref)
-    plan = plan_merge(resolved.path, adapter)
+    plan = plan_merge(resolved.path, adapter) if adapter else None
     tokenizer = _tokenizer(resolved.path)
-    proof, probes = _before(resolved.path, adapter, tokenizer, request)
+    proof, probes = _before(resolved.path, tokenizer, request)
     with atomic_directory(request.output) as staging:
+        changes: list[StoredChange] = []
+        dtype = None
         if plan is not None:
             changes = write_shards(plan, staging)
         else:
-            changes = _write_whole(resolved.path, adapter, staging)
+            dtype = _write_whole(resolved.path, request, staging)
         merged = load_base_model(staging, dtype=request.dtype)
         reread = ask(merged, probes, generate=True)
         del merged
         gc.collect()
-        certificate = _certificate(proof, reread, changes, plan)
+        certificate = _certificate(proof, reread, changes, plan, dtype)
         certificate |= {
             "adapter": str(request.adapter),
             "base": ref,
@@ -104,16 +110,12 @@ class _Before:
 
 
 def _before(
-    directory: Path,
-    adapter: Adapter,
-    tokenizer: PreTrainedTokenizerBase | None,
-    request: MergeRequest,
+    directory: Path, tokenizer: PreTrainedTokenizerBase | None, request: MergeRequest
 ) -> tuple[_Before, list[dict[str, Tensor]]]:
-    """The base's, the live adapter's and the in-memory merge's answers, from one loaded model."""
-    model = load_base_model(directory, dtype=request.dtype)
-    bind_adapter(model, adapter, "adapter", any_base=request.any_base)
+    """The base's, the live method's and the in-memory merge's answers, from one loaded model."""
+    model, method = _load(directory, request, request.dtype)
     probes = make_probes(model, tokenizer)
-    with use(model, None):
+    with method.disabled(model):
         base = ask(model, probes)
     live = ask(model, probes, generate=True)
     if max_abs_difference(base.outputs, live.outputs) == 0.0:
@@ -122,28 +124,59 @@ def _before(
             where=str(request.adapter),
             remedy="was it trained? `lorakit inspect` shows its norms",
         )
-    merge(model, "adapter", keep=False)
+    _merge(model, method, request)
     proof = _Before(base, live, ask(model, probes))
     del model
     gc.collect()
     return proof, probes
 
 
-def _write_whole(directory: Path, adapter: Adapter, staging: Path) -> list[StoredChange]:
-    """For checkpoints whose tensor names transformers rewrites on load: merge the loaded model."""
-    model: PreTrainedModel = load_base_model(directory, dtype="auto")
-    bind_adapter(model, adapter, "adapter", any_base=True)
-    merge(model, "adapter", keep=False)
-    detach(model)
+def _load(directory: Path, request: MergeRequest, dtype: str | None) -> tuple[Any, Method]:
+    """The base with the method on it."""
+    model = load_base_model(directory, dtype=dtype)
+    method = load_saved(model, request.adapter, name="adapter", any_base=request.any_base)
+    return model, method
+
+
+def _merge(model: PreTrainedModel, method: Method, request: MergeRequest) -> None:
+    try:
+        method.merge(model)
+    except MergeError as error:
+        if method.name == LoraMethod.name:
+            raise
+        # Not a failure of the work: this method has no merged form.
+        raise RequestError(
+            f"{method.name} cannot be merged here: {error.what}",
+            where=str(request.adapter),
+            expected=error.expected,
+            found=error.found,
+            remedy=error.remedy,
+        ) from error
+
+
+def _write_whole(directory: Path, request: MergeRequest, staging: Path) -> str:
+    """Merge the loaded model and save it; returns the dtype it is stored in.
+
+    For methods other than LoRA, and for checkpoints whose tensor names transformers rewrites on
+    load.
+    """
+    model, method = _load(directory, request, "auto")
+    _merge(model, method, request)
     copy_companions(directory, staging)
     model.save_pretrained(staging)
-    return []
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _certificate(
-    proof: _Before, reread: Answers, changes: list[StoredChange], plan: MergePlan | None
+    proof: _Before,
+    reread: Answers,
+    changes: list[StoredChange],
+    plan: MergePlan | None,
+    dtype: str | None,
 ) -> dict[str, Any]:
-    dtype = max((c.dtype for c in changes), key=lambda d: TOLERANCE.get(d, 0.0), default="bfloat16")
+    dtype = dtype or max(
+        (c.dtype for c in changes), key=lambda d: TOLERANCE.get(d, 0.0), default="bfloat16"
+    )
     live = proof.live
     scale = max(float(t.abs().max()) for t in live.outputs)
     same = sum(a == b for a, b in zip(live.continuations, reread.continuations, strict=True))
@@ -214,6 +247,16 @@ def _require(certificate: dict[str, Any]) -> None:
             remedy=f"the stored {certificate['stored_dtype']} is too coarse for so small a change: "
             "keep the adapter unmerged, or merge into a wider dtype",
         )
+
+
+def _base_in_passport(saved: Saved) -> str:
+    if saved.base is None:
+        raise AdapterFileError(
+            "the passport does not name its base",
+            where=str(saved.path),
+            remedy="name it: --base REF",
+        )
+    return saved.base
 
 
 def _named_base(adapter: Adapter, path: Path) -> str:

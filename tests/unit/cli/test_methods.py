@@ -1,0 +1,77 @@
+"""The verbs on what methods other than LoRA leave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lorakit.cli.main import main
+from lorakit.models.load import load_base_model
+
+METHODS = {
+    "full": ["method=full"],
+    "last_layers": ["method=last_layers", "num_layers=1"],
+    "bitfit": ["method=bitfit", "add=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(base, data, tmp_path_factory):
+    """One run per method."""
+    folder = tmp_path_factory.mktemp("methods")
+    for method, words in METHODS.items():
+        config = folder / f"{method}.yaml"
+        config.write_text(
+            f"model: {{ref: {base}}}\ndata: {{train: {data}}}\noutput: {folder / method}\n"
+        )
+        words = [*words, "train.epochs=1", "train.batch_size=4", "train.lr=0.02"]
+        assert main(["train", str(config), *words]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_and_generate_switch_between_the_base_and_the_method(runs, data, answer, method):
+    adapter = str(runs / method / "adapter")
+    code, found = answer("eval", str(data), "--adapter", adapter, "--metrics", "perplexity")
+    assert code == 0
+    scores = {name: s["scores"]["perplexity"]["value"] for name, s in found["systems"].items()}
+    assert scores["adapter"] < scores["base"]
+    code, found = answer("generate", "1+1", "--adapter", adapter, "--max-new-tokens", "4")
+    assert code == 0
+    assert found["model"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inspect_shows_the_change_of_every_tensor(runs, answer, method):
+    code, found = answer("inspect", str(runs / method / "adapter"))
+    assert (code, found["method"], found["note"]) == (0, method, None)
+    assert all(site["norm"] > 0 for site in found["sites"])
+    assert {site["is_change"] for site in found["sites"]} == {method != "bitfit"}
+    assert found["num_params"] == found["passport"]["num_params"]
+    assert main(["inspect", str(runs / method / "adapter"), "--sort", "norm", "--top", "2"]) == 0
+
+
+@pytest.mark.parametrize("method", ["full", "last_layers"])
+def test_merge_leaves_a_plain_model_with_its_certificate(runs, answer, tmp_path, method):
+    adapter, output = runs / method / "adapter", tmp_path / "merged"
+    code, certificate = answer("merge", str(adapter), "-o", str(output))
+    assert code == 0
+    assert certificate["max_abs_logit_error"] <= certificate["tolerance"]
+    assert certificate["stored_dtype"] == "float32"
+    assert json.loads((output / "merge.json").read_text())["base"] == certificate["base"]
+    assert not (output / "lorakit.json").exists()
+    assert (output / "tokenizer.json").is_file()
+    merged = load_base_model(output)
+    if method == "full":
+        ids = torch.tensor([[9, 8, 7]])
+        assert merged(ids).logits.equal(load_base_model(adapter)(ids).logits)
+
+
+def test_added_biases_are_not_merged_and_nothing_is_left(runs, capsys, tmp_path):
+    output = tmp_path / "merged"
+    assert main(["merge", str(runs / "bitfit" / "adapter"), "-o", str(output)]) == 2
+    said = capsys.readouterr().err
+    assert "bitfit cannot be merged" in said.replace("\n", " ")
+    assert not output.exists()
