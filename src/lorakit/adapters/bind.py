@@ -28,9 +28,9 @@ from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
-from lorakit.layers.low_rank import Branch
+from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.updates import base_norms as rows_of_base
-from lorakit.math.scaling import alpha_for
+from lorakit.math.scaling import Scaling, alpha_for
 from lorakit.weights.storage import storage_of
 
 _SHOWN = 12
@@ -61,18 +61,7 @@ def adapter_from_model(
         if branch is None:
             continue
         for site, update in zip(by_module[layer.name], branch.updates(), strict=True):
-            A, B = update.effective()
-            r = A.shape[0]
-            factors[site.name] = Factors(
-                A=_copy(A),
-                B=_copy(B),
-                alpha=site.alpha if r == site.r else alpha_for(site.scaling, r, plan.spec.scaling),
-                scaling=site.scaling,
-                kind=site.kind,
-                module=site.module,
-                rows=site.rows,
-                magnitude=None if update.magnitude is None else _copy(update.magnitude),
-            )
+            factors[site.name] = _factors_of(site, update, plan.spec.scaling)
         norms = _rest_norms(layer, branch)
         if norms is not None:
             base_norms[layer.name] = norms
@@ -100,6 +89,21 @@ def adapter_from_model(
         base_norms=base_norms,
         target_modules=_short_names(model, list(by_module)),
         config=_foreign_facts(model),
+    )
+
+
+def _factors_of(site: Site, update: LowRank, rule: Scaling) -> Factors:
+    A, B = update.effective()
+    r = A.shape[0]
+    return Factors(
+        A=_copy(A),
+        B=_copy(B),
+        alpha=site.alpha if r == site.r else alpha_for(site.scaling, r, rule),
+        scaling=site.scaling,
+        kind=site.kind,
+        module=site.module,
+        rows=site.rows,
+        magnitude=None if update.magnitude is None else _copy(update.magnitude),
     )
 
 
