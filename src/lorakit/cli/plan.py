@@ -15,8 +15,12 @@ from lorakit.cli import console
 from lorakit.errors import RequestError
 from lorakit.formatting import format_bytes, format_count, format_number, format_share
 from lorakit.layers.kinds import Shape
+from lorakit.methods.base import Method
+from lorakit.methods.lora import LoraMethod
+from lorakit.methods.registry import METHODS, build_method
 from lorakit.models.empty import empty_model
 from lorakit.train.share import trained_share
+from lorakit.train.yaml import parse_value
 
 V = TypeVar("V", int, float)
 
@@ -33,6 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lorakit plan`."""
     default = LoraSpec()
     parser.add_argument("model", help="a hub id, a directory, a .gguf file or a named model")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="lora",
+        help="what would be trained (default: %(default)s); the options below are those of lora",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of another method, as in num_layers=1; may be repeated",
+    )
     parser.add_argument("--r", type=int, default=default.r, help="the rank (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=default.alpha, help="default: %(default)s")
     parser.add_argument(
@@ -65,6 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan on the meta device and print; returns the exit code."""
+    if args.method != LoraMethod.name or args.option:
+        return _run_method(args)
     spec = LoraSpec(
         r=args.r,
         alpha=args.alpha,
@@ -84,6 +103,94 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(record, plan, args.sites)
     return 0
+
+
+def _run_method(args: argparse.Namespace) -> int:
+    given = [name for name, value in _lora_flags().items() if vars(args)[name] != value]
+    if given and args.method != LoraMethod.name:
+        raise RequestError(
+            f"options of lora, and the method is {args.method}",
+            where="the command line",
+            found=", ".join(f"--{name.replace('_', '-')}" for name in given),
+            remedy="--option KEY=VALUE sets an option of the method",
+        )
+    if args.method == LoraMethod.name:
+        raise RequestError(
+            "lora has flags of its own",
+            where="the command line, --option",
+            remedy="use --r, --alpha, --targets and the others",
+        )
+    model = empty_model(args.model)
+    method = build_method(args.method, dict(map(_option, args.option)))
+    record = _method_record(args.model, model, method)
+    if args.json:
+        console.print_json(record)
+    else:
+        _show_method(record, args.sites)
+    return 0
+
+
+def _lora_flags() -> dict[str, Any]:
+    # The flags of lora and what they are when they are not given.
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    others = ("model", "method", "option", "sites")
+    found = vars(parser.parse_args(["-"]))
+    return {name: value for name, value in found.items() if name not in others}
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise RequestError(
+            "--option needs a key and a value",
+            where="the command line",
+            expected="KEY=VALUE, as in num_layers=1",
+            found=text,
+        )
+    return name, parse_value(value, where=text)
+
+
+def _method_record(ref: str, model: nn.Module, method: Method) -> dict[str, Any]:
+    plan = method.plan(model)
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    num_added = plan.num_total - num_base
+    return {
+        "model": ref,
+        "class": type(model).__name__,
+        "method": method.name,
+        "options": method.options(),
+        "base_params": num_base,
+        "trainable_params": plan.num_trainable,
+        "trainable_share": plan.share,
+        "adapter_bytes": plan.num_trainable * _FLOAT32_BYTES,
+        "base_float32_bytes": num_base * _FLOAT32_BYTES,
+        # The learned numbers with gradient and moments; those of the base are not counted twice.
+        "training_bytes": (num_base + num_added) * _FLOAT32_BYTES
+        + plan.num_trainable * (_ADAMW_BYTES - _FLOAT32_BYTES)
+        + plan.kept_bytes,
+        "sites": [{"site": site} for site in plan.sites],
+        "notes": list(plan.notes),
+    }
+
+
+def _show_method(record: dict[str, Any], every_site: bool) -> None:
+    share, sites = format_share(record["trainable_share"]), record["sites"]
+    console.print_facts(
+        f"{record['model']} ({record['class']})",
+        {
+            "base": f"{format_count(record['base_params'])} parameters, "
+            f"{format_bytes(record['base_float32_bytes'])} in float32",
+            "method": f"{record['method']}, {format_count(record['trainable_params'])} parameters "
+            f"({share} of all) at {len(sites)} sites, {format_bytes(record['adapter_bytes'])}",
+            "training": f"{format_bytes(record['training_bytes'])} for float32 weights, "
+            "gradients and AdamW, without activations",
+        },
+    )
+    for site in sites if every_site else ():
+        console.print_text(site["site"])
+    for note in record["notes"]:
+        console.note(note)
 
 
 def _targets(given: list[str]) -> str | tuple[str, ...]:

@@ -75,3 +75,23 @@ def test_added_biases_are_not_merged_and_nothing_is_left(runs, capsys, tmp_path)
     said = capsys.readouterr().err
     assert "bitfit cannot be merged" in said.replace("\n", " ")
     assert not output.exists()
+
+
+def test_plan_counts_what_any_method_trains(base, answer, capsys):
+    code, found = answer("plan", base, "--method", "last_layers", "--option", "num_layers=1")
+    # q and o, k and v on two of four heads, three of the MLP, two norms.
+    num_block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    assert (code, found["trainable_params"]) == (0, num_block)
+    assert found["options"]["num_layers"] == 1
+    # Float32 weights once, gradient and two moments of the block, and what the block was.
+    assert found["training_bytes"] == 4 * found["base_params"] + (12 + 4) * num_block
+    assert main(["plan", str(base), "--method", "full", "--sites"]) == 0
+    assert "lm_head.weight" in capsys.readouterr().out
+    for words, says in (
+        (["--method", "bitfit"], "no bias vectors"),
+        (["--method", "bitfit", "--r", "4"], "--r"),
+        (["--method", "full", "--option", "keep_base"], "KEY=VALUE"),
+        (["--option", "r=4"], "flags of its own"),
+    ):
+        assert main(["plan", str(base), *words]) == 2
+        assert says in capsys.readouterr().err.replace("\n", " ")
