@@ -83,13 +83,7 @@ def read_saved(path: str | Path) -> Saved:
     if not file.is_file():
         if in_peft_layout:
             return Saved(path, "lora", {}, {})
-        raise AdapterFileError(
-            "there is nothing that a method saved here",
-            where=str(path),
-            expected=f"a directory with {PASSPORT_NAME}, or one in PEFT's layout ({CONFIG_NAME})",
-            found="no such directory" if not path.is_dir() else "neither file",
-            remedy="give the directory adapter/ of a run",
-        )
+        raise _nothing_here(path)
     document = _read_document(file)
     if in_peft_layout:
         return Saved(path, "lora", {}, document)
@@ -103,6 +97,19 @@ def read_saved(path: str | Path) -> Saved:
         )
     facts = {k: v for k, v in document.items() if k not in ("format", "method", "options")}
     return Saved(path, name, dict(options), facts)
+
+
+def _nothing_here(path: Path) -> AdapterFileError:
+    below = {p.parent for name in (PASSPORT_NAME, CONFIG_NAME) for p in path.glob(f"*/{name}")}
+    inside = ", ".join(str(directory) for directory in sorted(below)[:5])
+    found = "no such file in the directory" if path.is_dir() else "a file"
+    return AdapterFileError(
+        "there is no adapter here",
+        where=str(path),
+        expected=f"a directory with {PASSPORT_NAME}, or one in PEFT's layout ({CONFIG_NAME})",
+        found=found if path.exists() else "nothing",
+        remedy=f"there are adapters in {inside}" if inside else "give the directory that holds it",
+    )
 
 
 def _read_document(file: Path) -> dict[str, Any]:
