@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from rich.panel import Panel
 from rich.text import Text
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         1 if a finding is an error: the run would be refused; else 0.
     """
     config = read_config(args)
+    if config.task == "classify":
+        return _run_classify(config, as_json=args.json)
     try:
         seen = _look(config, prepare(config))
     except LossMaskError as error:
@@ -89,10 +91,35 @@ def run(args: argparse.Namespace) -> int:
     return int(any(finding.level == "error" for finding in seen.findings))
 
 
+def _run_classify(config: TrainConfig, *, as_json: bool) -> int:
+    """The same for a task whose rows have labels, not learned tokens."""
+    prepared = prepare(config)
+    data, report = prepared.data, prepared.data.train.report
+    findings = [Finding(level="warning", text=note) for note in report.notes]
+    if data.validation_rows is not None:
+        findings.append(duplicate_finding(data.train_rows, data.validation_rows))
+    findings.append(plan_finding(config.method, prepared.plan, prepared.notes()))
+    if as_json:
+        record = {"model": config.model.ref, "data": data.train_rows.to_json()}
+        found = [finding.to_json() for finding in findings]
+        plan = _plan_record(prepared)
+        console.print_json({**record, "report": report.to_json(), **plan, "findings": found})
+        return 0
+    facts = {
+        "labels": prepared.objective.line(data.train),
+        "tokens": f"{report.num_tokens:,}, longest row {report.longest}",
+        "optimizer steps": f"{prepared.max_steps:,}",
+        "memory": f"{prepared.memory}, {format_bytes(prepared.free_bytes)} free",
+    }
+    console.print_facts(f"{data.train_rows.source} for {config.model.ref}", facts)
+    _show_findings(findings)
+    return 0
+
+
 def _look(config: TrainConfig, prepared: Preparation) -> _Seen:
     return _Seen(
         rows=prepared.data.train_rows,
-        examples=prepared.data.train,
+        examples=cast(Examples, prepared.data.train),
         tokenizer=prepared.tokenizer,
         findings=all_findings(config, prepared),
         prepared=prepared,
@@ -139,7 +166,8 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
 def all_findings(config: TrainConfig, prepared: Preparation) -> list[Finding]:
     """Everything that was checked, in reading order."""
     data = prepared.data
-    findings = data_findings(data.train.report, prepared.tokenizer, config.data)
+    report = cast(Examples, data.train).report
+    findings = data_findings(report, prepared.tokenizer, config.data)
     if data.validation_rows is not None:
         findings.append(duplicate_finding(data.train_rows, data.validation_rows))
     return [*findings, plan_finding(config.method, prepared.plan, prepared.notes())]
@@ -173,7 +201,12 @@ def _show(config: TrainConfig, seen: _Seen, shown: list[Example], max_tokens: in
             f"{seen.rows.origin(example.row)}: {len(example)} tokens, {example.num_learned} learned"
         )
         screen.print(Panel(view, title=Text(title), title_align="left", border_style="dim"))
-    for finding in seen.findings:
+    _show_findings(seen.findings)
+
+
+def _show_findings(findings: Sequence[Finding]) -> None:
+    screen = console.stdout()
+    for finding in findings:
         mark, style = _MARKS[finding.level]
         line = Text.assemble((f"{mark:<8}", style), finding.text)
         screen.print(line, highlight=False)

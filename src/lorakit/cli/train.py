@@ -86,6 +86,9 @@ def _show(result: TrainResult) -> None:
     }
     if final["eval_loss"] is not None:
         facts["validation loss"] = format_number(final["eval_loss"])
+    for name, value in final.items():
+        if name.startswith("eval_") and name != "eval_loss":
+            facts[f"validation {name.removeprefix('eval_')}"] = format_number(value)
     facts["time"] = format_duration(record["timing"]["total_s"])
     console.print_facts(f"trained to step {final['step']}", facts)
     console.note(f"next: lorakit report {result.directory}")

@@ -285,6 +285,13 @@ def _within(
 ) -> _Encoded | None:
     """The row as it is, or None where it is to be left out."""
     length, limit = encoded[2], encoder.limit
+    if not length:
+        raise DataError(
+            "a row's text has no tokens",
+            where=rows.origin(index),
+            expected="at least one token",
+            remedy="check the tokenizer, or remove this row",
+        )
     if limit is None or length <= limit:
         return encoded
     if options.on_too_long == "error":

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorakit.errors import ConfigError, nearest
 
-ROLES = (
+SFT_ROLES = (
     "messages",
     "conversations",
     "prompt",
@@ -19,6 +19,9 @@ ROLES = (
     "text",
     "system",
 )
+# Of task classify; a config checks that its task has the role.
+_CLASSIFY_ROLES = ("text_pair", "label")
+ROLES = (*SFT_ROLES, *_CLASSIFY_ROLES)
 
 
 def _help(text: str) -> dict[str, str]:
@@ -37,7 +40,7 @@ class SftOptions:
         default_factory=dict[str, str],
         metadata=_help(
             "which of your columns plays which role, as in {prompt: question, completion: answer}; "
-            f"roles: {', '.join(ROLES)}"
+            f"roles: {', '.join(SFT_ROLES)}; for task classify text, text_pair, label"
         ),
     )
     template: Literal["auto", "chat", "none"] = field(

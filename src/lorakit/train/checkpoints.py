@@ -30,9 +30,10 @@ class RunState:
     """What a run knows beyond transformers' own state, as of one step.
 
     Attributes:
-        best_step: the step with the lowest validation loss so far, None before the first.
-        best_loss: that loss.
-        num_evals_since_best: validations in a row without a new lowest loss.
+        best_step: the step with the best validation so far, None before the first.
+        best_loss: its loss.
+        best_score: its metric, where a metric decides what is best; higher is better.
+        num_evals_since_best: validations in a row without a new best.
         num_tokens: tokens trained on so far, padding left out.
         num_examples: rows trained on so far.
         busy_s: seconds spent in training steps so far, over all sessions.
@@ -42,6 +43,7 @@ class RunState:
 
     best_step: int | None = None
     best_loss: float | None = None
+    best_score: float | None = None
     num_evals_since_best: int = 0
     num_tokens: int = 0
     num_examples: int = 0
@@ -49,13 +51,27 @@ class RunState:
     num_sessions: int = 1
     stopped_early: bool = False
 
-    def after_evaluation(self, step: int, loss: float, patience: int | None) -> RunState:
-        """The state after a validation with this loss."""
-        if self.best_loss is None or loss < self.best_loss:
-            return replace(self, best_step=step, best_loss=loss, num_evals_since_best=0)
+    def after_evaluation(
+        self, step: int, loss: float, patience: int | None, *, score: float | None = None
+    ) -> RunState:
+        """The state after a validation: the lowest loss is best, or the highest score.
+
+        Of equal scores the one with the lower loss is better.
+        """
+        if self._is_better(loss, score):
+            return replace(
+                self, best_step=step, best_loss=loss, best_score=score, num_evals_since_best=0
+            )
         since = self.num_evals_since_best + 1
         stopped = patience is not None and since >= patience
         return replace(self, num_evals_since_best=since, stopped_early=stopped)
+
+    def _is_better(self, loss: float, score: float | None) -> bool:
+        if self.best_loss is None:
+            return True
+        if score is None or self.best_score is None:
+            return loss < self.best_loss
+        return (score, -loss) > (self.best_score, -self.best_loss)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,18 +8,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lorakit.data.options import SftOptions
+from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import ConfigError, LorakitWarning
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.registry import METHODS, build_method
 from lorakit.train import schema
+from lorakit.train.data_section import DataSection, require
 from lorakit.train.method_sections import MethodSections
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.yaml import dump, read_mapping
 
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["linear", "cosine", "constant"]
+BestMetric = Literal[
+    "loss",
+    "accuracy",
+    "f1",
+    "accuracy_f1",
+    "macro_f1",
+    "matthews",
+    "pearson",
+    "spearman",
+    "pearson_spearman",
+]
 
 DEFAULT_EPOCHS = 3.0
 # The keys of a file as it is written; the chosen method's section comes last.
@@ -60,36 +72,6 @@ class ModelSection:
             "tokens fastest on a CPU"
         ),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSection(SftOptions):
-    """The rows, and how they become examples."""
-
-    train: str = field(
-        metadata=_help("training rows: jsonl, csv or parquet file, directory, or hub id")
-    )
-    validation: str | None = field(
-        default=None, metadata=_help("validation rows, in the same format")
-    )
-    validation_share: float | None = field(
-        default=None,
-        metadata=_help("hold out this share of the training rows for validation, 0 to 1"),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        share = self.validation_share
-        _require(
-            share is None or 0 < share < 1, "data.validation_share", "0 < share < 1 or null", share
-        )
-        if share is not None and self.validation is not None:
-            raise ConfigError(
-                "validation rows are given twice",
-                where="data.validation and data.validation_share",
-                expected="a validation file, or a share of the training rows",
-                remedy="remove one of them",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +156,18 @@ class TrainSection:
     )
     keep_best: bool = field(
         default=True,
-        metadata=_help("the final adapter is the one with the lowest validation loss"),
+        metadata=_help("the final adapter is the one with the best validation"),
+    )
+    best_metric: BestMetric | None = field(
+        default=None,
+        metadata=_help(
+            "what makes a validation the best: loss (the lowest), or a metric of task classify "
+            "(the highest); null: loss for sft, accuracy for classes, pearson for numbers"
+        ),
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata=_help("stop after so many validations in a row without a new lowest loss"),
+        metadata=_help("stop after so many validations in a row without a new best"),
     )
     tensorboard: bool = field(
         default=False, metadata=_help("also write TensorBoard events (extra: tensorboard)")
@@ -198,19 +187,19 @@ class TrainSection:
                 found=f"epochs {self.epochs:g}, max_steps {self.max_steps}",
                 remedy="set the other to null or remove it",
             )
-        _require(self.epochs is None or self.epochs > 0, "train.epochs", "> 0", self.epochs)
+        require(self.epochs is None or self.epochs > 0, "train.epochs", "> 0", self.epochs)
         _require_at_least(self, "max_steps", 1)
         _require_at_least(self, "batch_size", 1)
         _require_at_least(self, "gradient_accumulation", 1)
         _require_at_least(self, "init_batches", 1)
 
     def _check_optimizer(self) -> None:
-        _require(self.lr > 0, "train.lr", "lr > 0", self.lr)
+        require(self.lr > 0, "train.lr", "lr > 0", self.lr)
         ratio = self.lora_plus_ratio
-        _require(ratio is None or ratio > 0, "train.lora_plus_ratio", "> 0 or null", ratio)
+        require(ratio is None or ratio > 0, "train.lora_plus_ratio", "> 0 or null", ratio)
         _require_at_least(self, "warmup_steps", 0)
         _require_at_least(self, "weight_decay", 0)
-        _require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
+        require(0 <= self.warmup_ratio < 1, "train.warmup_ratio", "0 to 1", self.warmup_ratio)
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError(
                 "the warmup is given twice",
@@ -219,17 +208,17 @@ class TrainSection:
                 remedy="remove one of them",
             )
         for beta in self.adam_betas:
-            _require(0 <= beta < 1, "train.adam_betas", "two numbers, 0 <= beta < 1", beta)
-        _require(self.adam_eps > 0, "train.adam_eps", "> 0", self.adam_eps)
+            require(0 <= beta < 1, "train.adam_betas", "two numbers, 0 <= beta < 1", beta)
+        require(self.adam_eps > 0, "train.adam_eps", "> 0", self.adam_eps)
         norm = self.max_grad_norm
-        _require(norm is None or norm > 0, "train.max_grad_norm", "> 0 or null", norm)
+        require(norm is None or norm > 0, "train.max_grad_norm", "> 0 or null", norm)
         smoothing = self.label_smoothing
-        _require(0 <= smoothing < 1, "train.label_smoothing", "0 <= share < 1", smoothing)
+        require(0 <= smoothing < 1, "train.label_smoothing", "0 <= share < 1", smoothing)
 
     def _check_cadence(self) -> None:
         for name in ("eval_every", "save_every"):
             every = getattr(self, name)
-            _require(every == "epoch" or every >= 1, f"train.{name}", ">= 1 or 'epoch'", every)
+            require(every == "epoch" or every >= 1, f"train.{name}", ">= 1 or 'epoch'", every)
         _require_at_least(self, "eval_batch_size", 1)
         _require_at_least(self, "keep_checkpoints", 1)
         _require_at_least(self, "early_stopping_patience", 1)
@@ -246,16 +235,21 @@ class TrainConfig(MethodSections):
     model: ModelSection = field(metadata=_help("the base model"))
     data: DataSection = field(metadata=_help("the rows"))
     output: str = field(metadata=_help("directory of the run; must not exist, or be empty"))
-    task: Literal["sft"] = field(
-        default="sft", metadata=_help("what is learned: sft, to continue a prompt as the rows do")
+    task: Literal["sft", "classify"] = field(
+        default="sft",
+        metadata=_help(
+            "what is learned: sft, to continue a prompt as the rows do; classify, a label of a "
+            "sentence or a pair"
+        ),
     )
     train: TrainSection = field(default_factory=TrainSection, metadata=_help("how to train"))
     seed: int = field(default=42, metadata=_help("of every random choice of the run"))
 
     def __post_init__(self) -> None:
-        _require(bool(self.output.strip()), "output", "a directory", self.output)
-        _require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
+        require(bool(self.output.strip()), "output", "a directory", self.output)
+        require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
         super().__post_init__()
+        self.data.check_task(self.task)
         self._check_lora_plus()
         self._check_combinations()
 
@@ -273,6 +267,7 @@ class TrainConfig(MethodSections):
         if not self.validates:
             for name, is_set in (
                 ("early_stopping_patience", self.train.early_stopping_patience is not None),
+                ("best_metric", self.train.best_metric is not None),
                 ("eval_every", self.train.eval_every != "epoch"),
             ):
                 if is_set:
@@ -290,11 +285,19 @@ class TrainConfig(MethodSections):
                 remedy="change one of them",
             )
 
-    def make_method(self) -> Method:
-        """The chosen method, not attached yet."""
+    def make_method(self, beside: tuple[str, ...] = ()) -> Method:
+        """The chosen method, not attached yet.
+
+        Args:
+            beside: modules that are trained too, beyond those of `also_train`.
+        """
+        options = self.options
+        if beside:
+            options["also_train"] = list(dict.fromkeys([*options["also_train"], *beside]))
         if self.train.lora_plus_ratio is not None:
-            return LoraMethod(self.lora, lora_plus_ratio=self.train.lora_plus_ratio)
-        return build_method(self.method, self.options)
+            spec = LoraSpec.from_dict(options)
+            return LoraMethod(spec, lora_plus_ratio=self.train.lora_plus_ratio)
+        return build_method(self.method, options)
 
     @property
     def validates(self) -> bool:
@@ -374,13 +377,6 @@ def _one_length(in_file: Mapping[str, Any], merged: dict[str, Any]) -> dict[str,
     return merged
 
 
-def _require(fits: bool, where: str, expected: str, found: object) -> None:
-    if not fits:
-        raise ConfigError(
-            f"{where} is out of range", where=where, expected=expected, found=repr(found)
-        )
-
-
 def _require_at_least(section: TrainSection, name: str, least: int) -> None:
     value = getattr(section, name)
-    _require(value is None or value >= least, f"train.{name}", f">= {least}", value)
+    require(value is None or value >= least, f"train.{name}", f">= {least}", value)

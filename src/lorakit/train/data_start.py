@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,8 +12,7 @@ from lorakit.adapters.data_init import initialise_from_data
 from lorakit.adapters.spec import DATA_INITS
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
-
-T = TypeVar("T")
+from lorakit.train.objectives.base import ExampleSet
 
 
 def start_from_data(
@@ -37,8 +36,8 @@ def start_from_data(
 
 
 def first_batches(
-    examples: Sequence[T],
-    collate: Callable[[Sequence[T]], Any],
+    examples: ExampleSet,
+    collate: Callable[[Sequence[Any]], Any],
     *,
     num_batches: int,
     batch_size: int,

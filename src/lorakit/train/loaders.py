@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lorakit.data.sampling import LengthGroupedSampler
-from lorakit.data.sft import Example, Examples
+from lorakit.train.objectives.base import ExampleSet
 
 ROWS = "rows"
 
 Batch = dict[str, Tensor]
-Collate = Callable[[Sequence[Example]], Batch]
+Collate = Callable[[Sequence[Any]], Batch]
 
 
 def training_loader(
-    examples: Examples, sampler: LengthGroupedSampler, collate: Collate, *, pin_memory: bool
-) -> DataLoader[Example]:
+    examples: ExampleSet, sampler: LengthGroupedSampler, collate: Collate, *, pin_memory: bool
+) -> DataLoader[Any]:
     """The batches of the sampler's epoch; each carries its rows' indices, int64 (batch,)."""
     return DataLoader(
         examples,  # pyright: ignore[reportArgumentType] - a sequence is a map-style data set
@@ -32,15 +33,16 @@ def training_loader(
     )
 
 
-def validation_batches(examples: Examples, collate: Collate, batch_size: int) -> Iterable[Batch]:
+def validation_batches(examples: ExampleSet, collate: Collate, batch_size: int) -> Iterable[Batch]:
     """Every example once, in batches of similar length, longest first."""
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    lengths = examples.lengths
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), batch_size):
         yield collate([examples[i] for i in order[start : start + batch_size]])
 
 
 def _with_rows(collate: Collate) -> Collate:
-    def collate_with_rows(examples: Sequence[Example]) -> Batch:
+    def collate_with_rows(examples: Sequence[Any]) -> Batch:
         return {**collate(examples), ROWS: torch.tensor([e.row for e in examples])}
 
     return collate_with_rows

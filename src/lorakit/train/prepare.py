@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.data.rows import Rows
-from lorakit.data.sft import Examples, build_examples
 from lorakit.data.sources import load_rows
 from lorakit.environment import default_device, supports_bf16
 from lorakit.errors import (
@@ -24,18 +23,18 @@ from lorakit.errors import (
 )
 from lorakit.formatting import format_bytes, format_share
 from lorakit.methods.base import TrainableReport
-from lorakit.models.label_head import require_head
-from lorakit.models.load import load_config, load_tokenizer, resolve_dtype
+from lorakit.models.load import load_tokenizer, resolve_dtype
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
 from lorakit.train.context import require_context
 from lorakit.train.memory import (
     BatchShape,
     MemoryEstimate,
-    empty_model,
     estimate_memory,
     free_memory_bytes,
     require_room,
 )
+from lorakit.train.objectives.base import ExampleSet, Objective
+from lorakit.train.objectives.registry import build_objective
 from lorakit.train.storage import require_storage
 from lorakit.train.trainer import steps_per_epoch
 
@@ -45,9 +44,9 @@ class RunData:
     """The rows of a run and the examples made of them."""
 
     train_rows: Rows
-    train: Examples
+    train: ExampleSet
     validation_rows: Rows | None
-    validation: Examples | None
+    validation: ExampleSet | None
 
     def hashes(self) -> dict[str, str | None]:
         """SHA-256 of the rows' content."""
@@ -74,6 +73,8 @@ class Preparation:
 
     Attributes:
         tokenizer: of the base.
+        objective: what is learned.
+        beside: modules that the task trains, whatever the method trains.
         data: rows and examples.
         plan: what the method trains.
         num_base_params: parameters of the base.
@@ -88,6 +89,8 @@ class Preparation:
     """
 
     tokenizer: PreTrainedTokenizerBase
+    objective: Objective
+    beside: tuple[str, ...]
     data: RunData
     plan: TrainableReport
     num_base_params: int
@@ -110,8 +113,8 @@ class Preparation:
         )
         num_kept = config.train.keep_checkpoints + config.train.keep_best
         return [
-            f"data: {len(train):,} examples{held}; {report.num_tokens:,} tokens, "
-            f"{report.num_learned_tokens:,} of them learned; longest row {report.longest}",
+            f"data: {len(train):,} examples{held}; {self.objective.line(train)}; longest row "
+            f"{report.longest}",
             f"method: {config.method}, {self.plan.num_trainable:,} of {self.plan.num_total:,} "
             f"parameters ({format_share(self.plan.share)} of all) at {len(self.plan.sites)} sites",
             f"steps: {self.max_steps:,} ({epochs:.3g} epochs), batch {config.train.batch_size} x "
@@ -137,6 +140,8 @@ class Preparation:
     def notes(self) -> list[str]:
         """What the user should know, one sentence each."""
         found = list(self.plan.notes)
+        if self.beside:
+            found.append(f"the new head is trained beside: {', '.join(self.beside)}")
         if self.trains_in_place and self.dtype == torch.bfloat16:
             found.append(
                 "weights of the base are trained in bfloat16: a step smaller than about 1/256 of a "
@@ -158,11 +163,13 @@ def prepare(config: TrainConfig) -> Preparation:
         MemoryPlanError: the run cannot fit.
     """
     require_storage(config, default_device())
-    base = empty_model(load_config(config.model.ref))
-    require_head(base)
-    plan = _plan(base, config)
     tokenizer = load_tokenizer(config.model.ref)
-    data = read_data(config, tokenizer)
+    rows = read_rows(config)
+    objective = build_objective(config, tokenizer, rows[0])
+    base = objective.empty_model()
+    beside = objective.beside(base)
+    plan = _plan(base, config, beside)
+    data = _read(rows, objective)
     require_context(base.config, plan, config.method, (data.train, data.validation))
     device = default_device()
     num_base_params = sum(p.numel() for p in base.parameters())
@@ -170,7 +177,7 @@ def prepare(config: TrainConfig) -> Preparation:
     memory = estimate_memory(
         base,
         plan,
-        _largest_batch(data, config.train.batch_size, plan.extra_positions),
+        _largest_batch(data, objective, config.train.batch_size, plan.extra_positions),
         dtype=dtype,
         checkpointing=config.train.gradient_checkpointing,
         four_bit=config.model.quantize is not None,
@@ -189,6 +196,8 @@ def prepare(config: TrainConfig) -> Preparation:
     )
     return Preparation(
         tokenizer=tokenizer,
+        objective=objective,
+        beside=beside,
         data=data,
         plan=plan,
         num_base_params=num_base_params,
@@ -214,12 +223,12 @@ def _dtype(config: TrainConfig, in_place: bool, device: torch.device) -> torch.d
     return resolve_dtype(config.model.dtype, device) or torch.float32
 
 
-def _plan(base: PreTrainedModel, config: TrainConfig) -> TrainableReport:
+def _plan(base: PreTrainedModel, config: TrainConfig, beside: tuple[str, ...]) -> TrainableReport:
     try:
         with warnings.catch_warnings():
             # The same notes come again when the method is attached to the real model.
             warnings.simplefilter("ignore", LorakitWarning)
-            return config.make_method().plan(base)
+            return config.make_method(beside).plan(base)
     except (SpecError, TargetError) as error:
         # A method knows its options, not that they stand in the config's section of its name.
         where = error.where or ""
@@ -240,6 +249,16 @@ def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> RunDat
     Raises:
         DataError: rows that are missing, broken, empty, or too few to hold some out.
     """
+    rows = read_rows(config)
+    return _read(rows, build_objective(config, tokenizer, rows[0]))
+
+
+def read_rows(config: TrainConfig) -> tuple[Rows, Rows | None]:
+    """The rows for training, and for validation if there are any.
+
+    Raises:
+        DataError: rows that are missing, broken, empty, or too few to hold some out.
+    """
     options = config.data
     train_rows = load_rows(options.train)
     validation_rows: Rows | None = None
@@ -249,12 +268,15 @@ def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> RunDat
         validation_rows = load_rows(options.validation, split=split)
     elif options.validation_share is not None:
         train_rows, validation_rows = _hold_out(train_rows, options.validation_share, config.seed)
-    validation: Examples | None = None
-    train = build_examples(train_rows, tokenizer, options)
+    return train_rows, validation_rows
+
+
+def _read(rows: tuple[Rows, Rows | None], objective: Objective) -> RunData:
+    train_rows, validation_rows = rows
+    validation: ExampleSet | None = None
+    train = objective.build(train_rows, label="tokenising")
     if validation_rows is not None:
-        validation = build_examples(
-            validation_rows, tokenizer, options, label="tokenising validation"
-        )
+        validation = objective.build(validation_rows, label="tokenising validation")
     return RunData(
         train_rows=train_rows,
         train=train,
@@ -284,8 +306,10 @@ def resolve_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.train.precision == "bf16"
 
 
-def _largest_batch(data: RunData, batch_size: int, extra_positions: int) -> BatchShape:
+def _largest_batch(
+    data: RunData, objective: Objective, batch_size: int, extra_positions: int
+) -> BatchShape:
     rows = min(batch_size, len(data.train))
-    learned = sorted((example.num_learned for example in data.train), reverse=True)
-    longest = max(map(len, data.train)) + extra_positions
-    return BatchShape(rows=rows, length=longest, labels=sum(learned[:rows]))
+    labels = objective.most_labels(data.train, rows)
+    longest = max(data.train.lengths) + extra_positions
+    return BatchShape(rows=rows, length=longest, labels=labels)

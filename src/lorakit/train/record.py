@@ -74,6 +74,7 @@ def passport(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
     return {
         "model": config.model.ref,
         "data": prepared.data.to_json(),
+        **prepared.objective.facts(),
         "tokenizer_sha256": report.tokenizer_sha256,
         "template_sha256": report.template_sha256,
         "seed": config.seed,
@@ -106,6 +107,7 @@ def run_record(
         "adapter": _adapter_facts(config, report),
         "data": prepared.data.to_json(),
         **_course(prepared, state, lines, facts["final"]),
+        **prepared.objective.facts(),
         "timing": facts["timing"],
         "memory": {
             "estimate": {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes},
@@ -157,6 +159,7 @@ def _course(
             "last_loss": train_lines[-1]["loss"] if train_lines else None,
             "best_step": state.best_step,
             "best_eval_loss": state.best_loss,
+            "best_score": state.best_score,
             "last_eval_loss": eval_lines[-1]["eval_loss"] if eval_lines else None,
         },
         "speed": {

@@ -94,7 +94,9 @@ def _with_best(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:
         LorakitWarning,
         stacklevel=3,
     )
-    state = replace(checkpoint.state, best_step=None, best_loss=None, num_evals_since_best=0)
+    state = replace(
+        checkpoint.state, best_step=None, best_loss=None, best_score=None, num_evals_since_best=0
+    )
     return replace(checkpoint, state=state)
 
 

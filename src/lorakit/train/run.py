@@ -14,7 +14,6 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from lorakit.adapters.fingerprint import fingerprint
-from lorakit.data.collate import Collator
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.environment import memory_bytes
 from lorakit.errors import RequestError, TrainingError
@@ -22,7 +21,6 @@ from lorakit.files import write_json, write_text
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.attention import use_attention
-from lorakit.models.load import load_base_model
 from lorakit.models.nf4 import Quantization, quantization_of
 from lorakit.progress import progress
 from lorakit.train.callbacks import (
@@ -38,6 +36,7 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.data_start import first_batches, start_from_data
 from lorakit.train.interrupt import Interrupt, TrainingPaused
 from lorakit.train.metrics import MetricsLog
+from lorakit.train.objectives.registry import best_metric
 from lorakit.train.prepare import Preparation, prepare
 from lorakit.train.record import Clock, WarningLog, passport, run_record
 from lorakit.train.resume import (
@@ -147,7 +146,7 @@ class _Run:
             keep_best=config.train.keep_best,
         )
         self.metrics = MetricsLog(self.directory / "metrics.jsonl")
-        self.method: Method = config.make_method()
+        self.method: Method = config.make_method(prepared.beside)
         self.passport = passport(config, prepared)
         # Set by load() and fit().
         self.model: PreTrainedModel
@@ -159,7 +158,7 @@ class _Run:
     def load(self) -> None:
         """Load the base and attach the adapter."""
         base = self.config.model
-        self.model = load_base_model(base.ref, base.quantize, dtype=self.prepared.dtype)
+        self.model = self.prepared.objective.load_model(self.prepared.dtype)
         self.quantization = quantization_of(self.model)
         if self.quantization is not None:
             self.say(f"base in {self.quantization}")
@@ -182,7 +181,7 @@ class _Run:
     def _start_from_data(self) -> None:
         batches = first_batches(
             self.prepared.data.train,
-            self._collator(),
+            self.prepared.objective.collate,
             num_batches=self.config.train.init_batches,
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
@@ -241,12 +240,13 @@ class _Run:
             chosen = self.state.best_step
             load_state(self.method, self.model, self.store.require(chosen).path)
         lines = self.metrics.read()
+        validated = next((n for n in lines if n["step"] == chosen and "eval_loss" in n), {})
+        names = [f"eval_{name}" for name in self.prepared.objective.metrics]
         metrics = {
             "step": chosen,
             "train_loss": next(n["loss"] for n in lines if n["step"] == chosen and "loss" in n),
-            "eval_loss": next(
-                (n["eval_loss"] for n in lines if n["step"] == chosen and "eval_loss" in n), None
-            ),
+            "eval_loss": validated.get("eval_loss"),
+            **{name: validated[name] for name in names if name in validated},
         }
         adapter = self.directory / "adapter"
         self.method.save(self.model, adapter, {**self.passport, "metrics": metrics})
@@ -297,10 +297,6 @@ class _Run:
             save_every=per_epoch if options.save_every == "epoch" else options.save_every,
         )
 
-    def _collator(self) -> Collator:
-        pad = self.prepared.tokenizer.pad_token_id
-        return Collator(pad_token_id=pad if isinstance(pad, int) else 0)
-
     def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         config, data, options = self.config, self.prepared.data, self.config.train
         sampler = LengthGroupedSampler(
@@ -310,9 +306,10 @@ class _Run:
             grouped=options.length_grouping,
         )
         parts = TrainerParts(
+            objective=self.prepared.objective,
             train=data.train,
             validation=data.validation,
-            collate=self._collator(),
+            collate=self.prepared.objective.collate,
             sampler=sampler,
             origin=data.train_rows.origin,
             method=self.method,
@@ -329,6 +326,7 @@ class _Run:
             bf16=self.prepared.bf16,
             patience=options.early_stopping_patience,
             keep_best=options.keep_best,
+            best_metric=best_metric(config, self.prepared.objective),
         )
         return AdapterTrainer(
             self.model,

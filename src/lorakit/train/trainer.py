@@ -35,15 +35,12 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_callback import DefaultFlowCallback
 
 from lorakit.data.sampling import LengthGroupedSampler
-from lorakit.data.sft import Examples
 from lorakit.errors import TrainingError
 from lorakit.methods.base import Method
-from lorakit.models.label_head import LabelHead
 from lorakit.train.callbacks import EpochCallback, FiniteGradientCallback
 from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState, load_state, save_state
 from lorakit.train.loaders import ROWS, Collate, training_loader, validation_batches
-
-Inputs = dict[str, Any]
+from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Objective, Validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +48,7 @@ class TrainerParts:
     """What a run hands to its trainer.
 
     Attributes:
+        objective: what is learned.
         train: the training examples.
         validation: the validation examples, or None.
         collate: examples to a batch of tensors (batch, positions).
@@ -64,8 +62,9 @@ class TrainerParts:
             not written twice.
     """
 
-    train: Examples
-    validation: Examples | None
+    objective: Objective
+    train: ExampleSet
+    validation: ExampleSet | None
     collate: Collate
     sampler: LengthGroupedSampler
     origin: Callable[[int], str]
@@ -85,8 +84,9 @@ class StepOptions:
         num_warmup_steps: steps over which the rate rises.
         label_smoothing: share of the target spread over the vocabulary.
         bf16: autocast the forward pass to bfloat16.
-        patience: validations without a new lowest loss before the run stops, None never.
-        keep_best: write a checkpoint at every new lowest validation loss.
+        patience: validations without a new best before the run stops, None never.
+        keep_best: write a checkpoint at every new best.
+        best_metric: what decides it: "loss", or a metric of the objective.
     """
 
     schedule: str
@@ -95,6 +95,7 @@ class StepOptions:
     bf16: bool
     patience: int | None
     keep_best: bool
+    best_metric: str = LOSS
 
 
 class AdapterTrainer(Trainer):
@@ -124,8 +125,8 @@ class AdapterTrainer(Trainer):
         self.options = options
         self.run_state = RunState()
         self.adapter_model = model
-        self.label_head = LabelHead(model)
-        # Our loss divides by the labels of all accumulated batches itself.
+        self.learner = parts.objective.bind(model)
+        # Our loss divides by the labels, or rows, of all accumulated batches itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._step_rows: list[int] = []
@@ -156,10 +157,9 @@ class AdapterTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Inputs], Tensor]:
-        """The batches of one optimizer step, and the number of their labels."""
+        """The batches of one optimizer step, and what their summed loss is divided by."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        # Labels at position 0 are nobody's target: the models shift by one.
-        counts = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
+        counts = [self.parts.objective.num_items(batch) for batch in batches]
         num_items = torch.stack(counts).sum() if counts else torch.tensor(0)
         self._step_rows, self._step_loss, self._step_tokens = [], 0.0, 0
         self._step_started = time.perf_counter()
@@ -219,8 +219,8 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Cross-entropy at the labels, summed and divided by the labels of the whole step."""
-        loss = self.label_head.loss(
+        """The objective's loss, summed and divided by the labels or rows of the whole step."""
+        loss = self.learner.loss(
             inputs,
             num_items=num_items_in_batch,
             label_smoothing=self.options.label_smoothing,
@@ -246,38 +246,43 @@ class AdapterTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean cross-entropy per label over all validation rows, without label smoothing."""
+        """The objective's mean loss, without label smoothing, and metrics over all rows."""
         examples = self.parts.validation
         if examples is None:
             raise TrainingError("there are no validation rows", where="evaluate")
         model, started = self.adapter_model, time.perf_counter()
         was_training = model.training
         model.eval()
-        total, num_labels = 0.0, 0
         size = self.args.per_device_eval_batch_size
-        for batch in validation_batches(examples, self.parts.collate, size):
-            inputs: Inputs = self._prepare_inputs(batch)  # pyright: ignore[reportAssignmentType]
-            with torch.no_grad(), self.compute_loss_context_manager():
-                found = self.label_head.logits(inputs)
-                total += float(found.nll().double().sum())
-            num_labels += found.targets.numel()
+        batches = validation_batches(examples, self.parts.collate, size)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            found = self.learner.validate(map(self._on_device, batches))
         model.train(was_training)
-        loss = total / max(num_labels, 1)
-        self._note_validation(loss)
+        self._note_validation(found)
         logs = {
-            "eval_loss": loss,
-            "eval_tokens": num_labels,
+            "eval_loss": found.loss,
+            **{f"eval_{name}": value for name, value in found.metrics.items()},
+            f"eval_{self.parts.objective.unit}": found.num_items,
             "eval_s": time.perf_counter() - started,
         }
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
-    def _note_validation(self, loss: float) -> None:
+    def _on_device(self, batch: Inputs) -> Inputs:
+        return self._prepare_inputs(batch)  # pyright: ignore[reportReturnType]
+
+    def _note_validation(self, found: Validated) -> None:
         step = self.state.global_step
-        if not math.isfinite(loss):
-            self._fail("the validation loss is not finite", f"step {step}", f"{loss}")
-        self.run_state = self.run_state.after_evaluation(step, loss, self.options.patience)
+        if not math.isfinite(found.loss):
+            self._fail("the validation loss is not finite", f"step {step}", f"{found.loss}")
+        by = self.options.best_metric
+        self.run_state = self.run_state.after_evaluation(
+            step,
+            found.loss,
+            self.options.patience,
+            score=None if by == LOSS else found.metrics[by],
+        )
         if self.options.keep_best and self.run_state.best_step == step:
             self.control.should_save = True
         if self.run_state.stopped_early:

@@ -21,6 +21,7 @@ from lorakit.train.callbacks import Cadence, FlowCallback, MetricsCallback
 from lorakit.train.checkpoints import CheckpointStore
 from lorakit.train.interrupt import Interrupt
 from lorakit.train.metrics import MetricsLog
+from lorakit.train.objectives.sft import SftObjective
 from lorakit.train.run import training_arguments
 from lorakit.train.trainer import AdapterTrainer, StepOptions, TrainerParts
 
@@ -59,6 +60,7 @@ def make(directory, tmp_path):
         data = build_examples(rows, tokenizer, config.data)
         held = build_examples(load_rows(config.data.validation), tokenizer, config.data)
         parts = TrainerParts(
+            objective=SftObjective(config, tokenizer),
             train=data,
             validation=held,
             collate=Collator(),

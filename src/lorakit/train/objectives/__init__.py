@@ -1,0 +1,1 @@
+"""What is learned: one object per task."""
