@@ -70,9 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
-    # Read when torch is loaded. A thread that spins while it waits takes the core from the one it
-    # waits for as soon as another program runs: a step then takes two to ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(words, as_json)
     except LorakitError as error:

@@ -12,6 +12,9 @@ from transformers.utils import logging as hf_logging
 # The loggers that print the table of missing and unexpected tensors.
 _REPORTING = ("transformers.modeling_utils", "transformers.utils.loading_report")
 
+# bitsandbytes recommends an optional kernel each time anything imports it, accelerate included.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 class _ReportFilter(logging.Filter):
     """Take the load reports out of the log and keep their text."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -97,10 +96,6 @@ def bitsandbytes() -> Any:
             where="quantize",
             remedy=EXTRA,
         )
-    # On some CPUs it recommends a package from a model hub each time it is imported.
-    noisy = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before = noisy.level
-    noisy.setLevel(logging.ERROR)
     try:
         import bitsandbytes as library
     except Exception as error:
@@ -110,8 +105,6 @@ def bitsandbytes() -> Any:
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             remedy=f"install a build for this machine: {EXTRA}, or load the weights dense",
         ) from error
-    finally:
-        noisy.setLevel(before)
     return library
 
 
