@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.sources import load_rows
-from lorakit.demo.task import DemoTask
+from lorakit.demo.task import DemoTask, Row
 from lorakit.environment import hardware, peak_memory_bytes, supports_bf16, versions
 from lorakit.errors import OutputError
 from lorakit.evaluate.options import METRICS, EvalOptions
@@ -19,11 +21,13 @@ from lorakit.evaluate.run import EvalResult, ScoredAnswer, evaluate
 from lorakit.evaluate.sql import SqlError, extract_sql, run_sql
 from lorakit.files import require_free, write_json, write_text
 from lorakit.formats.peft import load_adapter
+from lorakit.formatting import format_duration
 from lorakit.merging.run import MergeRequest, merge_to_disk
 from lorakit.models.load import load_model
 from lorakit.report.collect import collect
 from lorakit.report.html import write_report
 from lorakit.train.config import TrainConfig
+from lorakit.train.metrics import MetricsLog
 from lorakit.train.run import train
 
 Say = Callable[[str], None]
@@ -32,6 +36,11 @@ MODEL = "smollm2-135m-instruct"
 RESULT_NAME = "result.json"
 _MARK = ".lorakit-demo"
 _NUM_SAMPLES = 5
+_PROBE_STEPS = 5
+_SLOWER = 1.4  # answering with an adapter against answering without
+_MERGE_S = 40.0
+_MARGIN = 0.9  # of the time that is left
+_LEAST_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +51,14 @@ class DemoRequest:
         task: the task.
         output: the directory to leave; an earlier demo there is replaced, anything else is not.
         seed: of the data, the training and the intervals.
+        seconds: the time of the whole demo; as many training rows are taken as fit into it, by the
+            speed of a few steps. None takes them all.
     """
 
     task: DemoTask
     output: Path
     seed: int = 0
+    seconds: float | None = None
 
 
 def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
@@ -67,12 +79,19 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
     task, output = request.task, request.output
     _make_room(output)
     _write_data(task, output / "data")
-    num_learned = sum(m["role"] == "assistant" for row in task.train for m in row["messages"])
-    say(f"{num_learned} answers to learn from, {len(task.held_out)} questions held out")
-    say(f"held out: {task.split}; arithmetic: {_dtype() or 'float32'}")
+    say(f"{len(task.held_out)} questions held out: {task.split}")
+    say(f"arithmetic: {_dtype() or 'float32'}")
     before = _measure(task, output, {"base": None}, few_shot=False)
+    answered = time.monotonic()
     few_shot = _measure(task, output, {"base": None}, few_shot=True)
-    trained = train(_config(request), say=say)
+    if request.seconds is not None:
+        # The adapter answers what the base answered, a little slower; then comes the merge.
+        after_s = _SLOWER * (answered - started) + _MERGE_S
+        left_s = request.seconds - (time.monotonic() - started) - after_s
+        task = replace(task, train=_rows_that_fit(request, left_s, say))
+        write_rows(output / "data" / "train.jsonl", task.train)
+    say(f"{_num_answers(task.train)} answers to learn from")
+    trained = train(_config(request, task), say=say)
     shutil.copytree(trained.adapter, output / "adapter")
     shutil.copyfile(trained.directory / "metrics.jsonl", output / "metrics.jsonl")
     after = _measure(task, output, {"adapter": "demo"}, few_shot=False)
@@ -83,7 +102,7 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
         "kind": "demo",
         "title": task.title,
         "subtitle": task.subtitle,
-        "command": f"lorakit demo --task {task.name} --seed {request.seed}",
+        "command": _command(request),
         "task": task.name,
         "model": MODEL,
         "seed": request.seed,
@@ -93,7 +112,7 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
         "by_kind": _by_kind(task, before, after),
         "merge": _plain(certificate),
         "samples": _samples(task, output, before, after),
-        **_training_facts(trained.record),
+        **_training_facts(task, trained.record),
         "arithmetic": _dtype() or "float32",
         "evaluation_tokens_per_s": after.systems["adapter"].tokens_per_s,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -104,6 +123,11 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
     write_json(output / RESULT_NAME, result)
     write_report(collect(output), output / "report.html")
     return result
+
+
+def _command(request: DemoRequest) -> str:
+    minutes = "" if request.seconds is None else f" --minutes {request.seconds / 60:g}"
+    return f"lorakit demo --task {request.task.name} --seed {request.seed}{minutes}"
 
 
 def _make_room(output: Path) -> None:
@@ -123,19 +147,58 @@ def _write_data(task: DemoTask, directory: Path) -> None:
     few_shot = [task.with_examples(row) for row in task.held_out]
     splits = {"train": task.train, "held_out": task.held_out, "held_out_few_shot": few_shot}
     for name, rows in splits.items():
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        write_text(directory / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write_rows(directory / f"{name}.jsonl", rows)
     task.write_databases(directory)
 
 
-def _config(request: DemoRequest) -> TrainConfig:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as jsonl."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _rows_that_fit(request: DemoRequest, seconds: float, say: Say) -> list[Row]:
+    """The first training rows that this machine learns in `seconds`, by the speed of a few steps.
+
+    The rows are in random order, so the first ones are as good as any. At least `_LEAST_SHARE` of
+    them are taken, however slow the machine is.
+    """
+    task = request.task
+    with tempfile.TemporaryDirectory() as directory:
+        probe = _config(request, task, output=Path(directory) / "probe", max_steps=_PROBE_STEPS)
+        record = train(probe, say=lambda _line: None).record
+        lines = MetricsLog(Path(directory) / "probe" / "metrics.jsonl").read()[1:]
+    tokens_per_s = sum(n["num_tokens"] for n in lines) / sum(n["step_s"] for n in lines)
+    tokens_per_row = record["data"]["train"]["report"]["num_tokens"] / len(task.train)
+    least = math.ceil(_LEAST_SHARE * len(task.train))
+    num = int(_MARGIN * seconds * tokens_per_s / tokens_per_row)
+    rows = task.train[: max(num, least)]
+    say(
+        f"this machine learns about {tokens_per_s:.0f} tokens/s: {_num_answers(rows):,} of "
+        f"{_num_answers(task.train):,} answers fit into {format_duration(seconds)}"
+    )
+    return rows
+
+
+def _num_answers(rows: Sequence[Row]) -> int:
+    return sum(m["role"] == "assistant" for row in rows for m in row["messages"])
+
+
+def _config(
+    request: DemoRequest,
+    task: DemoTask,
+    *,
+    output: Path | None = None,
+    max_steps: int | None = None,
+) -> TrainConfig:
+    length = {} if max_steps is None else {"epochs": None, "max_steps": max_steps}
     return TrainConfig.from_dict(
         {
             "model": {"ref": MODEL, "dtype": _dtype(), "attention": "grouped"},
             "data": {"train": str(request.output / "data" / "train.jsonl")},
-            "lora": dict(request.task.lora),
-            "train": dict(request.task.training),
-            "output": str(request.output / "training"),
+            "lora": dict(task.lora),
+            "train": {**task.training, **length},
+            "output": str(output or request.output / "training"),
             "seed": request.seed,
         }
     )
@@ -241,7 +304,7 @@ def _plain(certificate: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in certificate.items() if k != "tensors"}
 
 
-def _training_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+def _training_facts(task: DemoTask, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "trainable_params": record["adapter"]["trainable_params"],
         "total_params": record["base"]["num_params"],
@@ -250,4 +313,5 @@ def _training_facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "training_tokens_per_s": record["speed"]["tokens_per_s"],
         "training_seconds": record["speed"]["busy_s"],
         "training_examples": record["speed"]["num_examples"],
+        "training_answers": _num_answers(task.train),
     }
