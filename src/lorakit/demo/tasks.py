@@ -64,7 +64,7 @@ def sql_task(seed: int) -> DemoTask:
         lora=_SQL_LORA,
         training=_SQL_TRAINING,
         max_new_tokens=48,
-        batch_size=54,
+        batch_size=_NUM_SQL_HELD_OUT,
         write_databases=partial(_write_databases, names),
     )
 

@@ -124,7 +124,8 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(flat, weight, *kept)
         ctx.parts, ctx.shape = parts, x.shape
         ctx.dtypes = [factor.dtype for factor in factors]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view: whoever gets a view out of an autograd function may not change it in place.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

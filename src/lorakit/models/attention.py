@@ -30,15 +30,20 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
     Raises:
         ModelError: the model does not have this kernel, or its package is missing.
     """
+    found = ""
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
+        found = str(error).splitlines()[0]
+    # Some architectures keep what they have and only log it.
+    if found or model.config._attn_implementation != name:
         raise ModelError(
             f"{type(model).__name__} cannot run with attention {name}",
             where="model.attention",
-            found=str(error).splitlines()[0],
+            expected=name,
+            found=found or f"{model.config._attn_implementation}, which it keeps",
             remedy="take eager, or leave it out for transformers' choice",
-        ) from error
+        )
 
 
 def grouped_attention(
@@ -90,6 +95,8 @@ def grouped_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
+        # Under autocast the mask is wider than the scores, and its lowest value would overflow.
+        attention_mask = attention_mask.clamp(min=torch.finfo(scores.dtype).min).to(scores.dtype)
         per_head = scores.view(batch, groups, heads // groups, queries, keys)
         if attention_mask.shape[1] == 1:
             per_head += attention_mask[:, :, None, :, :keys]

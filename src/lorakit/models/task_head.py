@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -68,9 +68,8 @@ class ClassificationHead:
                 # Drawn also where it is not used: one tensor's values must not hang on another's.
                 drawn = torch.randn(parameter.shape, generator=generator) * std
                 if name in mine:
-                    fresh = torch.zeros_like(drawn) if parameter.ndim == 1 else drawn
                     with torch.no_grad():
-                        parameter.copy_(fresh)
+                        parameter.copy_(_start_of(name, drawn))
         if heads and not mine:
             warnings.warn(
                 f"the base has a trained head of {len(self.names) or 1} outputs of its own: it is "
@@ -98,6 +97,13 @@ def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         )
     found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     return cast(type[PreTrainedModel], found)
+
+
+def _start_of(name: str, drawn: Tensor) -> Tensor:
+    """Biases start at zero, the weights of norms at one, matrices as drawn."""
+    if name.endswith("bias"):
+        return torch.zeros_like(drawn)
+    return torch.ones_like(drawn) if drawn.ndim == 1 else drawn
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:

@@ -97,6 +97,16 @@ def test_autocast_computes_in_bfloat16_and_leaves_float32_gradients():
     torch.testing.assert_close(y.float(), exact, rtol=0.03, atol=0.1)
 
 
+@pytest.mark.parametrize("shape", [(4, IN), (2, 3, IN)])
+def test_the_output_may_be_changed_in_place(shape):
+    wrapped = layer(linear(), low_rank())
+    x = torch.randn(shape, dtype=torch.float64)
+    y = wrapped(x)
+    y /= 2.0
+    torch.relu_(y).sum().backward()
+    assert wrapped.branch_of("a").updates()[0].lora_B.grad is not None
+
+
 def test_the_input_is_kept_once():
     wrapped = layer(linear(), low_rank())
     x = torch.randn(64, IN, dtype=torch.float64, requires_grad=True)

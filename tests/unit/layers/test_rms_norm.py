@@ -43,10 +43,11 @@ def test_output_and_gradient_are_the_modules_own(cls):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_modules_own(cls):
     module = norm_of(cls, torch.bfloat16)
+    known = 0 if cls is Gemma3RMSNorm else 1  # 1 + w would be rounded
     x = (torch.randn(64, WIDTH) * 3).bfloat16()
     exact = run(copy.deepcopy(module).double(), x.double())
     own = run(module, x)
-    assert use_fast_norms(module) == 1
+    assert use_fast_norms(module) == known
     fast = run(module, x)
     for truth, before, after in zip(exact, own, fast, strict=True):
         error = (after.double() - truth).norm() / truth.norm()

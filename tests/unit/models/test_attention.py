@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -89,6 +90,22 @@ def test_sinks_are_refused_by_name():
     use_attention(model, GROUPED)
     with pytest.raises(ModelError, match="sinks"):
         model(torch.arange(1, 6)[None])
+
+
+def test_a_masked_row_is_finite_under_autocast():
+    model = model_of(LlamaConfig(**GQA))
+    use_attention(model, GROUPED)
+    ids = torch.arange(1, 9)[None].repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0  # left padding: its first queries see no key at all
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(ids, attention_mask=mask).last_hidden_state.isfinite().all()
+
+
+def test_a_model_that_keeps_its_own_attention_says_so():
+    config = BloomConfig(hidden_size=24, n_layer=1, n_head=2, vocab_size=40)
+    with pytest.raises(ModelError, match="cannot run with attention grouped"):
+        use_attention(AutoModel.from_config(config), GROUPED)
 
 
 def test_a_kernel_that_is_not_there_is_a_clear_error():
