@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.compare.arms import Arm, read_arms
 from lorakit.errors import ConfigError, RequestError, nearest
 from lorakit.evaluate.options import METRICS
+from lorakit.math.task_metrics import TASK_METRICS
 from lorakit.train import schema
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
@@ -92,7 +93,8 @@ class EvalSection:
         default=(),
         metadata=_help(
             f"what to measure, the score first. For sft: loss, {', '.join(METRICS)}; default loss. "
-            "For classify: the task's metrics; default the task's own score"
+            f"For classify: loss, {', '.join(TASK_METRICS)}, as the labels allow; default "
+            "accuracy, for numbers pearson"
         ),
     )
     limit: int | None = field(
@@ -192,8 +194,7 @@ class CompareConfig:
     def _check_arms(self) -> None:
         for arm in self.arms:
             trial = arm.train_config(lr=arm.rates[0], seed=self.seeds[0], length={"max_steps": 1})
-            if trial.task == "sft":
-                self._check_metrics()
+            self._check_metrics(METRICS if trial.task == "sft" else TASK_METRICS)
             if len(arm.rates) > 1 and not trial.validates:
                 raise ConfigError(
                     "a learning-rate search needs validation rows",
@@ -209,8 +210,8 @@ class CompareConfig:
                     remedy="name one of them",
                 )
 
-    def _check_metrics(self) -> None:
-        known = (LOSS, *METRICS)
+    def _check_metrics(self, of_task: Iterable[str]) -> None:
+        known = (LOSS, *of_task)
         for metric in self.eval.metrics:
             if metric not in known:
                 close = nearest(metric, known, n=1)

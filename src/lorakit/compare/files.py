@@ -37,6 +37,11 @@ class DataFiles:
     sha256: Mapping[str, str]
     num_rows: Mapping[str, int]
 
+    @property
+    def source(self) -> tuple[str, str | None] | None:
+        """Rows of the final score and which split of them, or None."""
+        return None if self.evaluation is None else (self.evaluation, self.evaluation_split)
+
     def section(self) -> dict[str, Any]:
         """What goes into the data section of a training config."""
         return {"train": self.train, "validation": self.validation}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit.compare.trained import load_cell_base, load_trained
+from lorakit.compare.trained import load_cell_base, load_trained, objective_of
 from lorakit.errors import MergeError
+from lorakit.models.task_head import context_length
 from lorakit.train.config import TrainConfig
 
 _WARM_UP = 3
@@ -39,10 +40,11 @@ def measure_latency(
         "unmerged" and "merged", each {"ratio", "quartiles", "base_ms", "ms"}; merged is
         {"refused": the reason} where the method cannot be merged.
     """
-    base = load_cell_base(config)
-    model, method = load_trained(config, weights)
-    positions = getattr(base.config, "max_position_embeddings", None)
-    length = min(length, positions) if isinstance(positions, int) else length
+    objective = objective_of(config)
+    base = load_cell_base(config, objective)
+    model, method = load_trained(config, weights, objective)
+    positions = context_length(base.config)
+    length = length if positions is None else min(length, positions)
     ids = _token_ids(base, batch_size, length)
     found: dict[str, Any] = {"trials": trials, "batch_size": batch_size, "length": length}
     found["unmerged"] = compare_times(lambda: _pass(base, ids), lambda: _pass(model, ids), trials)

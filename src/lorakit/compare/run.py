@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lorakit.compare.cells import Cell, directory_of, plan_cells, read_record
+from lorakit.compare.classify_scores import require_scores
 from lorakit.compare.config import CompareConfig
 from lorakit.compare.estimate import Forecast, forecast
 from lorakit.compare.files import DataFiles, find_data
@@ -89,7 +90,7 @@ def compare(
     data = find_data(config)
     comparison = _Comparison(config, data, _chosen(config, choice))
     with _locked(Path(config.output)):
-        _check_plans(comparison.runnable())
+        _check_plans(comparison.runnable(), config, data)
         write_text(Path(config.output) / "compare.yaml", config.to_yaml())
         say(f"{len(comparison.records)} of {len(comparison.cells())} cells are finished")
         num_run = 0
@@ -153,7 +154,6 @@ class _Comparison:
         assert config is not None
         directory = directory_of(self.config, cell)
         log = directory.with_name(f"{directory.name}.log")
-        source = self.data.evaluation
         log.parent.mkdir(parents=True, exist_ok=True)
         _in_process(
             Order(
@@ -169,7 +169,7 @@ class _Comparison:
                     "identity": cell.identity(),
                 },
                 measures=cell.measures,
-                evaluation=None if source is None else (source, self.data.evaluation_split),
+                evaluation=self.data.source,
                 keep_weights=self.config.keep_weights and cell.kind == "final",
             ),
             log,
@@ -222,8 +222,11 @@ def _chosen(config: CompareConfig, choice: Choice) -> frozenset[str]:
     return frozenset(names.get(name, name) for name in choice.only or names)
 
 
-def _check_plans(cells: Sequence[Cell]) -> None:
+def _check_plans(cells: Sequence[Cell], config: CompareConfig, data: DataFiles) -> None:
     """Prepare one run of each method: refusals come before the first training."""
+    first = next((cell.config for cell in cells if cell.config is not None), None)
+    if first is not None:
+        require_scores(first, data.source, config.eval.metrics, config.eval.limit)
     seen: set[str] = set()
     for cell in cells:
         if cell.arm.slug in seen or cell.config is None:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lorakit.compare.classify_scores import Scores, score_classifier
 from lorakit.compare.config import LOSS
 from lorakit.compare.trained import adapter_of, load_trained
 from lorakit.data.options import SftOptions
@@ -19,8 +20,6 @@ from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 
 _SYSTEM = "trained"
-
-Scores = dict[str, dict[str, Any]]
 
 
 def validation_score(run: Mapping[str, Any]) -> Scores:
@@ -43,6 +42,8 @@ def score_rows(
     Raises:
         RequestError: rows or metrics that do not fit the task.
     """
+    if config.task == "classify":
+        return score_classifier(config, weights, source, options)
     model, method = load_trained(config, weights)
     wanted = [str(metric) for metric in options["metrics"]] or [LOSS]
     found = evaluate(

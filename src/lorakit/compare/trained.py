@@ -4,34 +4,52 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
+from lorakit.environment import default_device
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.saved import load_saved
 from lorakit.models.attention import use_attention
-from lorakit.models.load import load_base_model
+from lorakit.models.load import load_tokenizer, resolve_dtype
 from lorakit.train.config import TrainConfig
+from lorakit.train.objectives.base import Objective
+from lorakit.train.objectives.registry import build_objective
+from lorakit.train.prepare import read_rows
 
 _ADAPTER = "default"
 
 
-def load_cell_base(config: TrainConfig) -> PreTrainedModel:
-    """The base of a run, loaded as the run loaded it."""
+def objective_of(config: TrainConfig) -> Objective:
+    """What a run learned, made of its rows as the run made it."""
+    return build_objective(config, load_tokenizer(config.model.ref), read_rows(config)[0])
+
+
+def load_cell_base(config: TrainConfig, objective: Objective | None = None) -> PreTrainedModel:
+    """The base of a run, loaded as the run loaded it; for task classify with the head's start.
+
+    Args:
+        config: the run.
+        objective: of the run, where it is at hand.
+    """
     base = config.model
-    model = load_base_model(base.ref, base.quantize, dtype=base.dtype)
+    dtype = resolve_dtype(base.dtype, default_device()) or torch.float32
+    model = (objective or objective_of(config)).load_model(dtype)
     if base.attention is not None:
         use_attention(model, base.attention)
     return model.eval()
 
 
-def load_trained(config: TrainConfig, weights: Path) -> tuple[PreTrainedModel, Method]:
+def load_trained(
+    config: TrainConfig, weights: Path, objective: Objective | None = None
+) -> tuple[PreTrainedModel, Method]:
     """The base with what the run saved in `weights` on it, and the method that put it there.
 
     Raises:
         AdapterFileError, BaseMismatchError: the files do not fit.
     """
-    model = load_cell_base(config)
+    model = load_cell_base(config, objective)
     method = load_saved(model, weights, _ADAPTER)
     return model.eval(), method
 

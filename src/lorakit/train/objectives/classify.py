@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -133,6 +134,21 @@ class ClassifyObjective:
         return ClassifyLearner(model, self.targets)
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a classifier says of rows.
+
+    Attributes:
+        total_loss: summed over the rows.
+        predicted: class ids int64 (n,), or numbers float32 (n,); on the CPU.
+        labels: the same kind, in the same order.
+    """
+
+    total_loss: float
+    predicted: Tensor
+    labels: Tensor
+
+
 class ClassifyLearner:
     """The loss of a classifier, and its metrics as GLUE defines them."""
 
@@ -148,6 +164,16 @@ class ClassifyLearner:
 
     def validate(self, batches: Iterable[Inputs]) -> Validated:
         """Mean loss per row, and every metric of the task over all rows."""
+        found = self.predict(batches)
+        num_rows = len(found.labels)
+        return Validated(
+            loss=found.total_loss / num_rows,
+            num_items=num_rows,
+            metrics=score_all(found.predicted, found.labels, len(self._targets.names)),
+        )
+
+    def predict(self, batches: Iterable[Inputs]) -> Predictions:
+        """Prediction and label of every row; called in eval mode and without gradient."""
         total = 0.0
         predicted: list[Tensor] = []
         labels: list[Tensor] = []
@@ -156,6 +182,4 @@ class ClassifyLearner:
             total += float(self._classifier.total_loss(outputs, inputs["labels"]).double())
             predicted.append(self._classifier.predictions(outputs).cpu())
             labels.append(inputs["labels"].cpu())
-        found = score_all(torch.cat(predicted), torch.cat(labels), len(self._targets.names))
-        num_rows = sum(map(len, labels))
-        return Validated(loss=total / num_rows, num_items=num_rows, metrics=found)
+        return Predictions(total, torch.cat(predicted), torch.cat(labels))
