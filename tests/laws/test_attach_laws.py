@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -364,3 +365,12 @@ def test_a_first_attach_that_fails_leaves_a_plain_trainable_model() -> None:
     assert module_ids(model) == ids
     assert all(p.requires_grad for p in model.parameters())
     assert "_lorakit" not in vars(model)
+
+
+def test_a_model_with_an_adapter_can_be_pickled() -> None:
+    model = tiny_models.build("llama")
+    attach(model, LoraSpec(r=3, alpha=7, targets="qv"))
+    shake(model)
+    given = tiny_models.inputs(model)
+    copied = pickle.loads(pickle.dumps(model))
+    assert tiny_models.outputs(copied, given).equal(tiny_models.outputs(model, given))

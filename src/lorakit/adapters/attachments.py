@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,8 @@ class Attachments:
         required_grad: parameter name -> requires_grad before the first attach.
         base_fingerprint: the base's identity, taken before a merge changed its weights.
         kept: what unmerge restores: each written weight and what was there before.
-        restore_skips: puts the configuration's list of layers that are not quantized back.
+        skips_before: the configuration's list of layers that are not quantized, before a merge
+            made some of them dense.
         untied_config: the configuration whose tie a merge had to switch off, if it had to.
     """
 
@@ -40,7 +41,7 @@ class Attachments:
     passports: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     required_grad: dict[str, bool] = field(default_factory=dict[str, bool])
     kept: list[tuple[BaseWeight, object]] = field(default_factory=list[tuple[BaseWeight, object]])
-    restore_skips: Callable[[], None] = lambda: None
+    skips_before: tuple[str, ...] | None = None
     untied_config: Any = None
     base_fingerprint: dict[str, Any] | None = None
 

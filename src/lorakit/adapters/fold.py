@@ -19,7 +19,7 @@ from lorakit.adapters.attachments import (
 )
 from lorakit.adapters.fingerprint import fingerprint
 from lorakit.adapters.plan import whole_modules
-from lorakit.adapters.quantized import leave_dense
+from lorakit.adapters.quantized import leave_dense, restore_skips
 from lorakit.errors import MergeError, StateError
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.thawed import ThawedWeight
@@ -112,7 +112,7 @@ def merge(
     record.routing.active = name
     if untied:
         _untie(model, record)
-    record.restore_skips = leave_dense(model, dense)
+    record.skips_before = leave_dense(model, dense)
     return Merged(num_weights, kept_bytes, untied, left)
 
 
@@ -139,7 +139,8 @@ def unmerge(model: nn.Module) -> None:
     if record.untied_config is not None:
         record.untied_config.tie_word_embeddings = True
         record.untied_config = None
-    record.restore_skips()
+    restore_skips(model, record.skips_before)
+    record.skips_before = None
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:

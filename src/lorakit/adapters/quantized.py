@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 
-def leave_dense(model: nn.Module, names: Sequence[str]) -> Callable[[], None]:
+def leave_dense(model: nn.Module, names: Sequence[str]) -> tuple[str, ...] | None:
     """Note in the configuration that these layers are stored dense; mutates `model.config`.
 
     transformers reads the list when it loads what `save_pretrained` wrote.
@@ -18,16 +18,23 @@ def leave_dense(model: nn.Module, names: Sequence[str]) -> Callable[[], None]:
         names: these layers.
 
     Returns:
-        What puts the list back as it was.
+        The list as it was, for `restore_skips`; None where there is nothing to restore.
     """
-    config: Any = getattr(model, "config", None)
-    quantization: Any = getattr(config, "quantization_config", None)
+    quantization = _quantization_of(model)
     if not names or quantization is None:
-        return lambda: None
-    before = quantization.llm_int8_skip_modules
-    quantization.llm_int8_skip_modules = [*(before or ()), *names]
+        return None
+    before = tuple(quantization.llm_int8_skip_modules or ())
+    quantization.llm_int8_skip_modules = [*before, *names]
+    return before
 
-    def restore() -> None:
-        quantization.llm_int8_skip_modules = before
 
-    return restore
+def restore_skips(model: nn.Module, before: tuple[str, ...] | None) -> None:
+    """Put the list back that `leave_dense` returned; mutates `model.config`."""
+    quantization = _quantization_of(model)
+    if before is not None and quantization is not None:
+        quantization.llm_int8_skip_modules = list(before) or None
+
+
+def _quantization_of(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "quantization_config", None)

@@ -16,6 +16,7 @@ from lorakit.methods.files import passport_document, write_method
 from lorakit.methods.in_place import InPlace, each_once
 from lorakit.methods.spec import Spec, spec_to_dict
 from lorakit.methods.state import load_in_place
+from lorakit.weights.storage import num_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class ChosenParameters:
         added = sum((choice.added or {}).values())
         return TrainableReport(
             num_trainable=sum(p.numel() for p in chosen) + added,
-            num_total=sum(p.numel() for p in model.parameters()) + added,
+            num_total=num_params(model) + added,
             sites=choice.sites,
             notes=choice.notes,
             kept_bytes=sum(p.nbytes for p in chosen) if self.in_place.keep else 0,

@@ -32,6 +32,7 @@ from lorakit.methods.prefix_site import PrefixSite, prefix_site
 from lorakit.methods.prefix_spec import PrefixEmbeddingSpec, PrefixLayerSpec
 from lorakit.methods.spec import spec_to_dict
 from lorakit.methods.state import load_in_place
+from lorakit.weights.storage import num_params
 
 _CHILD = "lorakit_prefix"
 
@@ -167,7 +168,7 @@ class PrefixMethod:
             )
         return TrainableReport(
             num_trainable=num_learned + sum(p.numel() for p in beside.values()),
-            num_total=sum(p.numel() for p in site.model.parameters()) + num_learned,
+            num_total=num_params(site.model) + num_learned,
             sites=(
                 *([place.name for place in site.layers] if every_layer else [site.embedding_name]),
                 *names,
