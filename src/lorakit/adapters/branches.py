@@ -63,12 +63,12 @@ def _start(layer: AdaptedLayer, update: LowRank, site: Site, spec: LoraSpec) -> 
     if spec.init not in DATA_INITS and not matrix.is_meta:
         own = take_rows(matrix, site.rows)
         if spec.init == "olora":
-            A, B = olora(own, site.r)
+            start = olora(own, site.r)
         else:
-            A, B = pissa(own, site.r, site.scaling, fast=spec.init == "pissa_fast")
+            start = pissa(own, site.r, site.scaling, fast=spec.init == "pissa_fast")
         with torch.no_grad():
-            update.lora_A.copy_(A)
-            update.lora_B.copy_(B)
+            update.lora_A.copy_(start[0])
+            update.lora_B.copy_(start[1])
     update.start_here()
 
 

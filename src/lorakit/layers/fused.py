@@ -45,8 +45,8 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
         branch: what the adapter does there.
         x: the layer's input.
     """
-    weight = _frozen_weight(base)
-    if weight is None or branch.bias is not None or not x.is_floating_point():
+    frozen = _frozen_parameters(base)
+    if frozen is None or branch.bias is not None or not x.is_floating_point():
         return None
     parts: list[Part] = []
     factors: list[Tensor] = []
@@ -59,11 +59,12 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
         start = 0 if rows is None else rows.start
         parts.append(Part(update.scaling, start, start + update.lora_B.shape[0]))
         factors += [update.lora_A, update.lora_B]
-    return adapted_linear(x, weight, base.bias, tuple(parts), factors)
+    weight, bias = frozen
+    return adapted_linear(x, weight, bias, tuple(parts), factors)
 
 
-def _frozen_weight(base: nn.Module) -> Tensor | None:
-    """The (out, in) weight of a layer whose product can be fused, or None.
+def _frozen_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The (out, in) weight and the bias of a layer whose product can be fused, or None.
 
     Only layers whose forward is known to be x W^T + b, that nobody hooks or replaced, and whose
     parameters are frozen, ordinary tensors; every other layer takes the general path.
@@ -72,10 +73,12 @@ def _frozen_weight(base: nn.Module) -> Tensor | None:
         return None
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return None
-    own = [base.weight] if base.bias is None else [base.weight, base.bias]
-    if "forward" in vars(base) or any(type(p) is not nn.Parameter or p.requires_grad for p in own):
+    own = dict(base.named_parameters(recurse=False))
+    ordinary = all(type(p) is nn.Parameter and not p.requires_grad for p in own.values())
+    if "forward" in vars(base) or not ordinary or "weight" not in own:
         return None
-    return base.weight if type(base) is nn.Linear else base.weight.T
+    weight = own["weight"] if type(base) is nn.Linear else own["weight"].T
+    return weight, own.get("bias")
 
 
 def adapted_linear(
@@ -116,11 +119,11 @@ class _AdaptedLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, weight, bias)
         kept: list[Tensor] = []
-        for part, A, B in zip(parts, factors[::2], factors[1::2], strict=True):
-            A, B = A.to(x.dtype), B.to(x.dtype)
-            h = flat @ A.T
-            part.of(y).addmm_(h, B.T, alpha=part.scaling)
-            kept += [A, B, h]
+        for part, stored_A, stored_B in zip(parts, factors[::2], factors[1::2], strict=True):
+            down, up = stored_A.to(x.dtype), stored_B.to(x.dtype)
+            h = flat @ down.T
+            part.of(y).addmm_(h, up.T, alpha=part.scaling)
+            kept += [down, up, h]
         ctx.save_for_backward(flat, weight, *kept)
         ctx.parts, ctx.shape = parts, x.shape
         ctx.dtypes = [factor.dtype for factor in factors]
@@ -129,18 +132,20 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Any, ...]:
         x, weight, *kept = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0])
         needs = ctx.needs_input_grad
         dx = dy @ weight if needs[0] else None
         found: list[Tensor | None] = []
         for i, part in enumerate(ctx.parts):
-            A, B, h = kept[3 * i : 3 * i + 3]
+            down, up, h = kept[3 * i : 3 * i + 3]
             mine = part.of(dy)
-            g = (mine @ B).mul_(part.scaling)
+            g = (mine @ up).mul_(part.scaling)
             if dx is not None:
-                dx.addmm_(g, A)
+                dx.addmm_(g, down)
             grad_A = (g.T @ x).to(ctx.dtypes[2 * i]) if needs[4 + 2 * i] else None
             grad_B = None
             if needs[5 + 2 * i]:

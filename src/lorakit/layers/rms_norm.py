@@ -79,7 +79,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         g = grads[0] * weight
         mean = (g * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]

@@ -137,5 +137,7 @@ def linear_layers_without_bias(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in base_modules(model).items()
-        if isinstance(module, nn.Linear) and module.bias is None and module is not head
+        if isinstance(module, nn.Linear)
+        and "bias" not in dict(module.named_parameters(recurse=False))
+        and module is not head
     }
