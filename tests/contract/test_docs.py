@@ -75,7 +75,7 @@ def test_command_lines_parse(page: Path, words: list[str]) -> None:
     if words[0] in ("train", "doctor"):
         overrides = [word for word in args.config if "=" in word]
         TrainConfig.from_dict(apply_overrides(TrainConfig, REQUIRED, overrides))
-    if words[0] == "eval":
+    if words[0] == "eval" and args.metrics is not None:
         EvalOptions(metrics=tuple(args.metrics.split(",")))
 
 

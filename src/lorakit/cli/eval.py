@@ -6,9 +6,11 @@ import argparse
 from typing import Any
 
 from lorakit.cli import console
-from lorakit.cli.session import add_model_arguments, open_session
+from lorakit.cli.eval_classify import run_classify
+from lorakit.cli.session import add_model_arguments, open_session, task_of
 from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.sources import load_rows
+from lorakit.errors import RequestError
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import write_json
@@ -16,6 +18,8 @@ from lorakit.formatting import format_count, format_duration, format_estimate, f
 
 SUMMARY = "compare the base and an adapter on a data file"
 
+_DEFAULT_METRICS = "perplexity,exact_match,token_f1"
+_MAX_NEW_TOKENS = 128
 # Metrics that are a fraction of something, written in percent.
 _SHARES = frozenset({"exact_match", "token_f1", "sql_execution", "choice", "bleu", "rouge_l"})
 
@@ -26,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--metrics",
-        default="perplexity,exact_match,token_f1",
         metavar="A,B,...",
-        help=f"what to measure: {', '.join(METRICS)} (default: %(default)s)",
+        help=f"what to measure: {', '.join(METRICS)} (default: {_DEFAULT_METRICS}); of a "
+        "classifier, all metrics of its task by default",
     )
     add_row_arguments(parser)
     parser.add_argument(
@@ -46,29 +50,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--choice-normalisation",
         choices=["none", "tokens"],
-        default="none",
-        help="tokens: compare choices by their likelihood per token (default: %(default)s)",
+        help="tokens: compare choices by their likelihood per token (default: none)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"default: {_MAX_NEW_TOKENS}"
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="also write scores and all answers as JSON"
     )
+    parser.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="of a classifier: also write each row's label and prediction as JSON lines",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the comparison; returns the exit code."""
+    task = task_of(args.adapter)
+    if task is not None:
+        return run_classify(
+            args, task, load_rows(args.data, split=args.split), _names(args.metrics or "")
+        )
+    if args.predictions is not None:
+        raise RequestError(
+            "--predictions is for classifiers",
+            where="the command line",
+            expected="an adapter trained with task: classify",
+            remedy="for the answers of a model that writes text: -o FILE",
+        )
     sft = sft_options(args, template=args.template)
+    tokens = _MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     options = EvalOptions(
-        metrics=tuple(name.strip() for name in args.metrics.split(",") if name.strip()),
-        max_new_tokens=args.max_new_tokens,
+        metrics=_names(_DEFAULT_METRICS if args.metrics is None else args.metrics),
+        max_new_tokens=tokens,
         batch_size=args.batch_size,
         limit=args.limit,
         seed=args.seed,
         group_by_prompt=args.group_by_prompt,
-        choice_normalisation=args.choice_normalisation,
+        choice_normalisation=args.choice_normalisation or "none",
         sft=sft,
     )
     rows = load_rows(args.data, split=args.split)
@@ -93,6 +116,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(result, rows.source)
     return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _show(result: EvalResult, source: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from lorakit.cli import console
-from lorakit.cli.session import Session, add_model_arguments, open_session
+from lorakit.cli.session import Session, add_model_arguments, open_session, require_writer
 from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.rows import Rows
 from lorakit.data.sft import render_prompt
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer, and print each answer; returns the exit code."""
+    require_writer(args.adapter)
     rows = _rows(args)
     options = sft_options(args, template="none" if args.plain else None, file=args.file is not None)
     session = open_session(args)

@@ -15,6 +15,7 @@ import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.cli import console
 from lorakit.cli.inspect_method import measure, record, show
+from lorakit.data.task_facts import saved_task
 from lorakit.formatting import format_bytes, format_count, format_estimate, format_number
 from lorakit.math.svd import effective_rank, product_singular_values
 from lorakit.methods.files import Saved, read_saved
@@ -150,6 +151,9 @@ def passport_facts(passport: Mapping[str, Any]) -> dict[str, str]:
             rows = found.get("num_rows")
             counted = f"{format_count(rows)} rows" if isinstance(rows, int) else None
             facts[split] = _joined(found.get("source"), counted, _hash(found.get("sha256")))
+    task = saved_task(passport, where="the passport")
+    if task is not None:
+        facts |= task.lines()
     facts["seed"] = _joined(passport.get("seed"))
     facts["method"] = _joined(passport.get("method"))
     facts["versions"] = _joined(

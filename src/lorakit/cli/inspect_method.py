@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorakit.adapters.identity import require_same_base
 from lorakit.cli import console
+from lorakit.data.task_facts import ClassifyTask, saved_task
 from lorakit.errors import ModelError
 from lorakit.formatting import format_bytes, format_count, format_number
 from lorakit.methods.files import Saved, read_state
@@ -19,6 +20,7 @@ from lorakit.methods.full import FullMethod, read_full_state
 from lorakit.methods.in_place import base_parameters
 from lorakit.models.empty import empty_model
 from lorakit.models.load import load_base_model
+from lorakit.models.task_head import head_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,29 @@ def measure(saved: Saved) -> tuple[list[Learned], str | None]:
 def _base_values(saved: Saved, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if saved.base is None:
         raise ModelError("the passport does not name it")
+    task = saved_task(saved.passport, where=str(saved.path))
+    if task is not None:
+        return _classifier_values(saved, saved.base, task, state)
     known = base_parameters(empty_model(saved.base))
     if not any(name in known for name in state):
         return {}
     model = load_base_model(saved.base, device="cpu")
     require_same_base(model, saved.passport)
     return {name: value.detach() for name, value in base_parameters(model).items() if name in state}
+
+
+def _classifier_values(
+    saved: Saved, base: str, task: ClassifyTask, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The base's tensors under the classifier's names; its head is new and has none."""
+    model = load_base_model(base, device="cpu", head=task.head)
+    require_same_base(model, saved.passport)
+    heads = tuple(f"{name}." for name in head_modules(model))
+    return {
+        name: value.detach()
+        for name, value in base_parameters(model).items()
+        if name in state and not name.startswith(heads)
+    }
 
 
 def _learned(name: str, value: Tensor, base: Tensor | None) -> Learned:

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli.console import note
+from lorakit.data.task_facts import ClassifyTask, saved_task
 from lorakit.errors import AdapterFileError, RequestError
 from lorakit.methods.base import Method
 from lorakit.methods.files import read_saved
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.saved import load_saved
-from lorakit.models.load import load_model
+from lorakit.models.load import load_base_model, load_model, load_tokenizer
 
 # The name an adapter from the command line has on the model.
 ADAPTER = "adapter"
@@ -75,9 +76,10 @@ def open_session(args: argparse.Namespace) -> Session:
     """Load what `add_model_arguments` asked for.
 
     Raises:
-        RequestError: neither a model nor an adapter is named.
+        RequestError: neither a model nor an adapter is named, or the adapter is a classifier.
         ModelError, AdapterFileError, BaseMismatchError: see the loaders.
     """
+    require_writer(args.adapter)
     ref = args.model or base_of(args.adapter)
     note(f"loading {ref}" + (f" with {args.adapter}" if args.adapter else ""))
     model, tokenizer = load_model(ref, dtype=args.dtype, device=args.device)
@@ -85,6 +87,47 @@ def open_session(args: argparse.Namespace) -> Session:
     if args.adapter:
         method = load_saved(model, args.adapter, name=ADAPTER, any_base=args.any_base)
     return Session(ref=ref, model=model, tokenizer=tokenizer, method=method)
+
+
+def open_classifier(args: argparse.Namespace, task: ClassifyTask) -> Session:
+    """Load the base with the task's head, and what was learned on it.
+
+    Raises:
+        ModelError, AdapterFileError, BaseMismatchError: see the loaders.
+    """
+    ref = args.model or base_of(args.adapter)
+    note(f"loading {ref} with {args.adapter}")
+    tokenizer = load_tokenizer(ref)
+    model = load_base_model(ref, dtype=args.dtype, device=args.device, head=task.head)
+    method = load_saved(model, args.adapter, name=ADAPTER, any_base=args.any_base)
+    return Session(ref=ref, model=model, tokenizer=tokenizer, method=method)
+
+
+def require_writer(adapter: str | None) -> None:
+    """Refuse an adapter that labels rows where text is to be written.
+
+    Raises:
+        RequestError: it was trained with task: classify.
+        AdapterFileError: see `task_of`.
+    """
+    task = task_of(adapter)
+    if task is not None:
+        raise RequestError(
+            "this adapter was trained with task: classify; it gives a row a label and cannot write",
+            where=adapter,
+            expected="an adapter trained with task: sft",
+            found=task.lines()["task"],
+            remedy="lorakit eval DATA --adapter DIR --predictions FILE gives each row its label",
+        )
+
+
+def task_of(adapter: str | None) -> ClassifyTask | None:
+    """The classification task of an adapter; None where there is no adapter, or it writes text.
+
+    Raises:
+        AdapterFileError: there is no adapter, or its passport cannot be understood.
+    """
+    return None if adapter is None else saved_task(read_saved(adapter).passport, where=adapter)
 
 
 def base_of(adapter: str | None) -> str:

@@ -51,7 +51,7 @@ def sft_options(args: argparse.Namespace, *, template: str | None, file: bool = 
     """
     given: dict[str, Any] = {}
     if args.column:
-        given["columns"] = _columns(args.column)
+        given["columns"] = named_columns(args.column)
     if template is not None:
         given["template"] = template
     if args.system is not None:
@@ -102,7 +102,12 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
-def _columns(given: list[str]) -> dict[str, str]:
+def named_columns(given: list[str]) -> dict[str, str]:
+    """Role -> column of the --column flags.
+
+    Raises:
+        RequestError: one that is not ROLE=NAME.
+    """
     pairs = [text.partition("=") for text in given]
     for (role, equals, name), text in zip(pairs, given, strict=True):
         if not (role and equals and name):

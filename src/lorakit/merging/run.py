@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.data.task_facts import saved_task
 from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, write_json
 from lorakit.merging.plan import MergePlan, plan_merge
@@ -27,6 +28,7 @@ from lorakit.methods.saved import load_saved
 from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model, load_tokenizer
 from lorakit.models.resolve import resolve_model
+from lorakit.models.task_head import ClassificationHead
 
 CERTIFICATE_NAME = "merge.json"
 # The largest logit error that the stored dtype explains, as a share of the largest logit.
@@ -76,7 +78,9 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         _named_base(adapter, request.adapter) if adapter else _base_in_passport(saved)
     )
     resolved = resolve_model(ref)
-    plan = plan_merge(resolved.path, adapter) if adapter else None
+    # A classifier's head is not in the base's files: its merged form is written as a whole.
+    by_shard = adapter is not None and _head(saved) is None
+    plan = plan_merge(resolved.path, adapter) if adapter and by_shard else None
     tokenizer = _tokenizer(resolved.path)
     proof, probes = _before(resolved.path, tokenizer, request)
     with atomic_directory(request.output) as staging:
@@ -133,9 +137,15 @@ def _before(
 
 def _load(directory: Path, request: MergeRequest, dtype: str | None) -> tuple[Any, Method]:
     """The base with the method on it."""
-    model = load_base_model(directory, dtype=dtype)
+    head = _head(read_saved(request.adapter))
+    model = load_base_model(directory, dtype=dtype, head=head)
     method = load_saved(model, request.adapter, name="adapter", any_base=request.any_base)
     return model, method
+
+
+def _head(saved: Saved) -> ClassificationHead | None:
+    task = saved_task(saved.passport, where=str(saved.path))
+    return None if task is None else task.head
 
 
 def _merge(model: PreTrainedModel, method: Method, request: MergeRequest) -> None:
@@ -157,8 +167,8 @@ def _merge(model: PreTrainedModel, method: Method, request: MergeRequest) -> Non
 def _write_whole(directory: Path, request: MergeRequest, staging: Path) -> str:
     """Merge the loaded model and save it; returns the dtype it is stored in.
 
-    For methods other than LoRA, and for checkpoints whose tensor names transformers rewrites on
-    load.
+    For methods other than LoRA, for classifiers, and for checkpoints whose tensor names
+    transformers rewrites on load.
     """
     model, method = _load(directory, request, "auto")
     _merge(model, method, request)

@@ -234,7 +234,8 @@ def require_head(model: PreTrainedModel) -> nn.Module:
             where=f"{name} ({type(model).__name__})" if name else type(model).__name__,
             expected="a causal or sequence-to-sequence language model, such as "
             "smollm2-135m-instruct",
-            remedy="take another base; an encoder is adapted from Python, in a loop of your own",
+            remedy="take another base; an encoder is trained with task: classify, and then "
+            "measured with --adapter",
         )
     return head
 
