@@ -72,7 +72,7 @@ def test_a_run_leaves_an_adapter_a_record_and_metrics(directory):
     result = train(tiny_runs.config(directory), say=said.append)
     assert [line.partition(":")[0] for line in said[:5]] == [
         "data",
-        "adapter",
+        "method",
         "steps",
         "precision",
         "memory",

@@ -53,7 +53,9 @@ def test_gradients_of_a_mixed_batch_are_those_of_the_rows(case: Case) -> None:
     mixed = gradient(["one", None, "one"], [0, 1, 2])
     assert alone
     for name, value in alone.items():
-        torch.testing.assert_close(mixed[name], value, rtol=1e-4, atol=1e-5)
+        # Two paths that sum in another order: float32, relative to the largest entry.
+        atol = 1e-5 * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(mixed[name], value, rtol=1e-3, atol=atol)
 
 
 def test_a_list_of_one_name_equals_the_name() -> None:

@@ -41,7 +41,7 @@ class Attachments:
     passports: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     required_grad: dict[str, bool] = field(default_factory=dict[str, bool])
     kept: list[tuple[BaseWeight, object]] = field(default_factory=list[tuple[BaseWeight, object]])
-    skips_before: tuple[str, ...] | None = None
+    skips_before: tuple[list[str] | None] | None = None
     untied_config: Any = None
     base_fingerprint: dict[str, Any] | None = None
 

@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+# What a configuration named before: its list, or that it had none.
+Skips = tuple[list[str] | None]
 
-def leave_dense(model: nn.Module, names: Sequence[str]) -> tuple[str, ...] | None:
+
+def leave_dense(model: nn.Module, names: Sequence[str]) -> Skips | None:
     """Note in the configuration that these layers are stored dense; mutates `model.config`.
 
     transformers reads the list when it loads what `save_pretrained` wrote.
@@ -18,21 +21,21 @@ def leave_dense(model: nn.Module, names: Sequence[str]) -> tuple[str, ...] | Non
         names: these layers.
 
     Returns:
-        The list as it was, for `restore_skips`; None where there is nothing to restore.
+        The list as it was (or None), in a tuple for `restore_skips`; None where nothing is noted.
     """
     quantization = _quantization_of(model)
     if not names or quantization is None:
         return None
-    before = tuple(quantization.llm_int8_skip_modules or ())
-    quantization.llm_int8_skip_modules = [*before, *names]
-    return before
+    before: list[str] | None = quantization.llm_int8_skip_modules
+    quantization.llm_int8_skip_modules = [*(before or ()), *names]
+    return (before,)
 
 
-def restore_skips(model: nn.Module, before: tuple[str, ...] | None) -> None:
+def restore_skips(model: nn.Module, before: Skips | None) -> None:
     """Put the list back that `leave_dense` returned; mutates `model.config`."""
     quantization = _quantization_of(model)
     if before is not None and quantization is not None:
-        quantization.llm_int8_skip_modules = list(before) or None
+        quantization.llm_int8_skip_modules = before[0]
 
 
 def _quantization_of(model: nn.Module) -> Any:
