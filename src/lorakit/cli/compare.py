@@ -7,13 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from lorakit.cli import console
+from lorakit.cli.fields import show_fields
 from lorakit.compare.config import CompareConfig
 from lorakit.compare.estimate import Forecast
 from lorakit.compare.run import Choice, CompareResult, compare, plan_compare
 from lorakit.errors import RequestError
 from lorakit.formatting import format_duration
 from lorakit.report.methods import methods_table
-from lorakit.train.schema import leaves, plain
+from lorakit.train.schema import leaves
 
 # Of the table in a file: it has more columns than a page.
 _PLAIN_WIDTH = 160
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the table; returns the exit code."""
     if args.fields:
-        _show_fields(args.json)
+        show_fields("keys of a comparison", list(leaves(CompareConfig)), as_json=args.json)
         return 0
     config = read_config(args.config)
     choice = Choice(only=tuple(args.only), max_cells=args.max_cells)
@@ -139,26 +140,3 @@ def _show_plan(forecast: Forecast, as_json: bool) -> None:
         f"{forecast.num_finished} of {len(forecast.cells)} cells finished; the others may take: "
         + (estimate if remaining is None else format_duration(remaining))
     )
-
-
-def _show_fields(as_json: bool) -> None:
-    fields = list(leaves(CompareConfig))
-    if as_json:
-        console.print_json(
-            [
-                {
-                    "name": field.name,
-                    "type": field.type,
-                    "required": field.required,
-                    "default": None if field.required else plain(field.default),
-                    "help": field.help,
-                }
-                for field in fields
-            ]
-        )
-        return
-    table = console.table("keys of a comparison", ["key", "type", "default", "meaning"])
-    for field in fields:
-        default = "required" if field.required else str(plain(field.default))
-        table.add_row(field.name, field.type, default, field.help)
-    console.stdout().print(table)

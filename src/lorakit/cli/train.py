@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from lorakit.cli import console
+from lorakit.cli.fields import show_fields
 from lorakit.errors import RequestError
 from lorakit.formatting import (
     format_bytes,
@@ -17,7 +18,6 @@ from lorakit.formatting import (
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.run import TrainResult, train
-from lorakit.train.schema import plain
 
 SUMMARY = "train an adapter from a YAML config"
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, and print what the run left; returns the exit code."""
     if args.fields:
-        _show_fields(args.json)
+        show_fields("keys of a training config", TrainConfig.fields(), as_json=args.json)
         return 0
     result = train(read_config(args.config), resume=args.resume, say=console.note)
     if args.json:
@@ -92,26 +92,3 @@ def _show(result: TrainResult) -> None:
     facts["time"] = format_duration(record["timing"]["total_s"])
     console.print_facts(f"trained to step {final['step']}", facts)
     console.note(f"next: lorakit report {result.directory}")
-
-
-def _show_fields(as_json: bool) -> None:
-    fields = TrainConfig.fields()
-    if as_json:
-        console.print_json(
-            [
-                {
-                    "name": field.name,
-                    "type": field.type,
-                    "required": field.required,
-                    "default": None if field.required else plain(field.default),
-                    "help": field.help,
-                }
-                for field in fields
-            ]
-        )
-        return
-    table = console.table("keys of a training config", ["key", "type", "default", "meaning"])
-    for field in fields:
-        default = "required" if field.required else str(plain(field.default))
-        table.add_row(field.name, field.type, default, field.help)
-    console.stdout().print(table)

@@ -14,15 +14,13 @@ from lorakit.data.classification import ClassifyExamples
 from lorakit.data.rows import Rows
 from lorakit.data.sources import load_rows
 from lorakit.errors import ConfigError
-from lorakit.evaluate.intervals import Floats, Sample, estimate
-from lorakit.math.task_metrics import TASK_METRICS
+from lorakit.evaluate.classify import metric_sample
+from lorakit.evaluate.intervals import estimate
 from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 from lorakit.train.loaders import validation_batches
 from lorakit.train.objectives.classify import ClassifyObjective, Predictions
 from lorakit.train.prepare import read_rows
-
-_ACCURACY = "accuracy"
 
 Source = tuple[str, str | None]
 Scores = dict[str, dict[str, Any]]
@@ -106,18 +104,6 @@ def _score(metric: str, found: Predictions, num_classes: int) -> dict[str, Any]:
         n = len(found.labels)
         loss = found.total_loss / n
         return {"value": loss, "interval": None, "n": n, "higher_is_better": False}
-    plain = estimate(_sample(metric, found, num_classes)).to_json()
+    sample = metric_sample(metric, found.predicted, found.labels, num_classes)
+    plain = estimate(sample).to_json()
     return {**plain, "higher_is_better": True}
-
-
-def _sample(metric: str, found: Predictions, num_classes: int) -> Sample:
-    if metric == _ACCURACY:
-        # A proportion, which has an interval of its own.
-        return Sample.mean_of((found.predicted == found.labels).double().numpy())
-    chosen = TASK_METRICS[metric]
-
-    def score(total: Floats) -> Floats:
-        return chosen.score(torch.from_numpy(total)).numpy()
-
-    statistics = chosen.statistics(found.predicted, found.labels, num_classes)
-    return Sample(statistics.numpy(), score)

@@ -179,9 +179,10 @@ def evaluate_classifier(
     dtype = torch.float64 if task.targets.regression else torch.long
     labels = torch.tensor([example.label for example in examples], dtype=dtype)
     baseline, constant = _constant(labels, task.targets)
+    num_classes = len(task.targets.names)
     samples = {
-        baseline: {n: _sample(n, constant, labels, task.targets) for n in names},
-        SYSTEM: {n: _sample(n, predicted, labels, task.targets) for n in names},
+        baseline: {n: metric_sample(n, constant, labels, num_classes) for n in names},
+        SYSTEM: {n: metric_sample(n, predicted, labels, num_classes) for n in names},
     }
     compared = () if task.targets.regression else names
     value = float(constant[0])
@@ -255,12 +256,20 @@ def _constant(labels: Tensor, targets: Targets) -> tuple[str, Tensor]:
     return "majority class", torch.full_like(labels, majority)
 
 
-def _sample(name: str, predicted: Tensor, labels: Tensor, targets: Targets) -> Sample:
+def metric_sample(name: str, predicted: Tensor, labels: Tensor, num_classes: int) -> Sample:
+    """What a metric of a task is computed from, for an interval.
+
+    Args:
+        name: a key of TASK_METRICS.
+        predicted: (n,) class numbers, or numbers.
+        labels: (n,) likewise.
+        num_classes: 0 for numbers.
+    """
     if name == "accuracy":
         # As a proportion it has an interval also where every row is right.
         return Sample.mean_of((predicted == labels).double().numpy())
     metric = TASK_METRICS[name]
-    statistics = metric.statistics(predicted, labels, len(targets.names))
+    statistics = metric.statistics(predicted, labels, num_classes)
     return Sample(statistics.numpy(), _on_arrays(metric.score))
 
 

@@ -215,7 +215,7 @@ def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
     """Hand the output head a contiguous input inside the block.
 
     After the prompt, a model takes the last position of every row: a strided view, for which torch
-    copies the whole head once per row (32 rows of SmolLM2: 10 seconds).
+    copies the whole head once per row of the batch.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):

@@ -149,7 +149,7 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_A = (g.T @ x).to(ctx.dtypes[2 * i]) if needs[4 + 2 * i] else None
             grad_B = None
             if needs[5 + 2 * i]:
-                # As h^T dy, half the time of dy^T h: the tall factor need not be transposed.
+                # As h^T dy and not dy^T h: the narrow factor is the one to be transposed.
                 grad_B = (h.T @ mine).T.to(ctx.dtypes[2 * i + 1]) * part.scaling
             found += [grad_A, grad_B]
         return (None if dx is None else dx.view(ctx.shape), None, None, None, *found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Choice:
     added: Mapping[str, int] | None = None
 
 
-class ChosenParameters:
+class ChosenParameters(ABC):
     """A method that trains some of the base's own parameters and nothing else.
 
     Args:
@@ -53,9 +54,9 @@ class ChosenParameters:
         self.in_place = InPlace(keep=keep)
         self._base: dict[str, Any] = {}
 
+    @abstractmethod
     def choose(self, model: nn.Module) -> Choice:
         """What is trained of this model; pure."""
-        raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
         """The spec's fields."""
