@@ -11,10 +11,13 @@ LorakitError
 │   ├── BaseMismatchError          an adapter made for another base
 │   ├── StateError                 attach, use, merge, detach in an order that cannot be
 │   ├── OutputError                a directory that is not empty, a disk that is full
-│   └── MemoryPlanError            a plan that does not fit in memory
+│   ├── MemoryPlanError            a plan that does not fit in memory
+│   └── UnknownAdapterError        a name that is not served
 └── WorkError (RuntimeError)       the work failed: exit code 1
     ├── TrainingError              a loss that is not finite, a run that cannot go on
-    └── MergeError                 a merge whose proof failed
+    ├── MergeError                 a merge whose proof failed
+    ├── ServeError                 a forward pass or an adapter that failed while serving
+    └── QueueFullError             more requests than may wait: try again later
 """
 
 from __future__ import annotations
@@ -123,6 +126,10 @@ class MemoryPlanError(RequestError):
     """A plan that does not fit in memory."""
 
 
+class UnknownAdapterError(RequestError):
+    """An adapter that is asked for by a name that is not served."""
+
+
 class WorkError(LorakitError, RuntimeError):
     """The work failed."""
 
@@ -133,6 +140,14 @@ class TrainingError(WorkError):
 
 class MergeError(WorkError):
     """A merge whose proof failed."""
+
+
+class ServeError(WorkError):
+    """A request that failed while it was served."""
+
+
+class QueueFullError(WorkError):
+    """More requests than may wait."""
 
 
 class LorakitWarning(UserWarning):

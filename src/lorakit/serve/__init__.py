@@ -1,0 +1,1 @@
+"""Serve many adapters over one base: requests, scheduler, cache, pool of adapters, engine."""
