@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="directory of the data")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("override", nargs="*", help="key=value of the comparison")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     for name in GLUE if args.name == "glue" else (args.name,):
         overrides = [f"data={json.dumps(args.data)}", *args.override]
         config = CompareConfig.from_yaml(HERE / "compare" / f"{name}.yaml", overrides)
