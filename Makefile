@@ -12,7 +12,7 @@ PRESENT = $(wildcard $(CODE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency clean
+.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-train bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,12 @@ bench-glue: setup  ## eight methods on four GLUE tasks (needs an hour): make ben
 
 bench-compare-e2e: setup  ## ten methods on E2E (needs half an hour): make bench-compare-e2e DATA=DIR
 	$(BIN)/python benchmarks/compare_methods.py e2e --data $(DATA)
+
+bench-train: setup  ## training speed against PEFT and TRL (needs minutes): make bench-train DATA=DIR
+	$(PIP) install --no-deps 'trl>=1.16'
+	$(BIN)/python benchmarks/train_speed.py --data $(DATA)
+	$(BIN)/python benchmarks/train_speed.py --data $(DATA) --means
+	$(BIN)/python benchmarks/train_speed.py --data $(DATA) --profile
 
 clean:  ## remove what builds and tools leave; keeps .venv and runs/
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info

@@ -45,14 +45,14 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
         branch: what the adapter does there.
         x: the layer's input.
     """
-    frozen = _frozen_parameters(base)
+    frozen = frozen_parameters(base)
     if frozen is None or branch.bias is not None or not x.is_floating_point():
         return None
     parts: list[Part] = []
     factors: list[Tensor] = []
     for update in branch.updates():
         rows = update.rows
-        if not update.plain or (update.training and update.dropout):
+        if not update.fusable:
             return None
         if rows is not None and rows.count != 1:
             return None
@@ -63,7 +63,7 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
     return adapted_linear(x, weight, bias, tuple(parts), factors)
 
 
-def _frozen_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def frozen_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """The (out, in) weight and the bias of a layer whose product can be fused, or None.
 
     Only layers whose forward is known to be x W^T + b, that nobody hooks or replaced, and whose

@@ -144,6 +144,11 @@ class LowRank(nn.Module):
         """Whether the update is s B A x and nothing else, so that products can be fused."""
         return self.magnitude is None and self.start_B is None and not self.awaits_data
 
+    @property
+    def fusable(self) -> bool:
+        """Whether it is plain, and sees the layer's input itself: no dropout in this mode."""
+        return self.plain and not (self.training and self.dropout)
+
     def start_here(self) -> None:
         """Take the present factors as (A0, B0): from now on the update is B A - B0 A0.
 

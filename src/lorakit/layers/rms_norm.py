@@ -67,15 +67,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, (..., 1), float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return (norm.square_() / x.shape[-1] + eps).rsqrt_()
+
+
+def norm_forward(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """W x r for r = `inverse_rms`, like x."""
+    # With `out` the product is computed in float32 and written in x's dtype, in one pass.
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+
+
+def norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of x in `norm_forward`, which r depends on too."""
+    g = dy * weight
+    mean = (g * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
+    along = torch.mul(x, scale.pow(3).mul_(mean).neg_(), out=torch.empty_like(x))
+    return torch.mul(g, scale, out=g).add_(along)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = (norm.square_() / x.shape[-1] + eps).rsqrt_()
+        scale = inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        # With `out` the product is computed in float32 and written in x's dtype, in one pass.
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+        return norm_forward(x, scale, weight)
 
     @staticmethod
     @once_differentiable
@@ -83,10 +101,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        g = grads[0] * weight
-        mean = (g * x).sum(-1, keepdim=True, dtype=scale.dtype) / x.shape[-1]
-        along = torch.mul(x, scale.pow(3).mul_(mean).neg_(), out=torch.empty_like(x))
-        return torch.mul(g, scale, out=torch.empty_like(x)).add_(along), None, None
+        return norm_backward(grads[0], x, scale, weight), None, None
 
 
 def _forward(

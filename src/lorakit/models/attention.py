@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from lorakit.errors import ModelError
+from lorakit.layers.packed import Packing, packed_attention
 
 GROUPED = "grouped"
 
@@ -57,6 +58,7 @@ def grouped_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    packing: Packing | None = None,
     **_unused: object,  # transformers passes what other kernels need: sliding_window, is_causal
 ) -> tuple[Tensor, None]:
     """softmax(s q k^T + mask) v, in the layout of transformers' attention interface.
@@ -72,6 +74,7 @@ def grouped_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         s_aux: attention sinks; refused.
         position_bias: added to the scores; refused.
+        packing: the batch is a packed one (`lorakit.layers.packed`): one row, no mask.
 
     Returns:
         (batch, queries, heads, value width), and no attention weights.
@@ -87,6 +90,15 @@ def grouped_attention(
             found=f"attention {GROUPED}",
             remedy="set model.attention to eager, or leave it out",
         )
+    if packing is not None:
+        mixed = packed_attention(
+            *(states[0].transpose(0, 1) for states in (query, key, value)),
+            packing,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap,
+            dropout=dropout,
+        )
+        return mixed[None], None
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     stacked = (batch, groups, heads // groups * queries)

@@ -25,7 +25,10 @@ from transformers import PreTrainedModel
 from lorakit.adapters.attach import active_adapter
 from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.layers.adapted import Wrapper
+from lorakit.layers.chunked_loss import chunked_cross_entropy
+from lorakit.layers.fused import frozen_parameters
 from lorakit.layers.prefix import prompts_before
+from lorakit.models.packing import PackedBatch, pack_batch, takes_packed
 
 IGNORED = -100
 
@@ -60,21 +63,34 @@ class LabelLogits:
 
 @dataclass(slots=True)
 class _Selection:
-    """What the hook was asked to keep, and what it saw."""
+    """What the hooks were asked to keep, and what they saw.
+
+    With `catch` the head gets no position at all, and the hidden states stay here.
+    """
 
     mask: Tensor
+    catch: bool = False
     num_calls: int = 0
     fits: bool = True
+    hidden: Tensor | None = None
+    output: Tensor | None = None
 
-    def __call__(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self.num_calls += 1
         hidden = args[0] if args else None
         if not isinstance(hidden, Tensor) or hidden.shape[:2] != self.mask.shape:
             # The model moved its positions (a prefix, a reshape): leave it alone, use it whole.
             self.fits = False
             return args
+        chosen = hidden[self.mask.to(hidden.device)]
+        if self.catch:
+            self.hidden = chosen
+            chosen = chosen[:0].detach()
         # A leading dimension of 1 keeps the (batch, positions, hidden) layout models rely on.
-        return (hidden[self.mask.to(hidden.device)].unsqueeze(0), *args[1:])
+        return (chosen.unsqueeze(0), *args[1:])
+
+    def after(self, _head: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self.output = output if isinstance(output, Tensor) else None
 
 
 class LabelHead:
@@ -100,6 +116,8 @@ class LabelHead:
         self._head = require_head(model)
         self._full = False
         self._checked = False
+        self._packs = takes_packed(model)
+        self._plain_head = False
 
     @property
     def full_forward(self) -> bool:
@@ -124,12 +142,20 @@ class LabelHead:
         Raises:
             DataError: the batch has no labels entry.
         """
-        found = self.logits(batch)
-        total = F.cross_entropy(
-            found.logits, found.targets, reduction="sum", label_smoothing=label_smoothing
-        )
+        found = self._hidden(batch)
+        if found is None:
+            labels = self.logits(batch)
+            total = F.cross_entropy(
+                labels.logits, labels.targets, reduction="sum", label_smoothing=label_smoothing
+            )
+            targets = labels.targets
+        else:
+            hidden, weight, bias, targets = found
+            total = chunked_cross_entropy(
+                hidden, weight, bias, targets, label_smoothing=label_smoothing
+            )
         if num_items is None:
-            return total / max(found.targets.numel(), 1)
+            return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
 
     def logits(self, batch: Batch) -> LabelLogits:
@@ -138,13 +164,7 @@ class LabelHead:
         Raises:
             DataError: the batch has no labels entry.
         """
-        if "labels" not in batch:
-            raise DataError(
-                "the batch has no labels", expected="`labels`, -100 where nothing is learned"
-            )
-        mask, targets = self._positions(batch["labels"])
-        if not self._checked and targets.numel():
-            self._check(batch, mask)
+        mask, targets = self._asked(batch)
         logits = None if self._full else self._selected(batch, mask)
         if logits is None:
             if not self._full:
@@ -154,31 +174,68 @@ class LabelHead:
         rows = mask.nonzero()[:, 0].to(logits.device)
         return LabelLogits(logits.float(), targets, rows)
 
+    def _asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where an output is asked for, and what it should be; the first batch is checked."""
+        if "labels" not in batch:
+            raise DataError(
+                "the batch has no labels", expected="`labels`, -100 where nothing is learned"
+            )
+        mask, targets = self._positions(batch["labels"])
+        if not self._checked and targets.numel():
+            self._check(batch, mask)
+        return mask, targets
+
+    def _hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
+        """What a plain, frozen head would read at the labels, its parameters, and the targets."""
+        mask, targets = self._asked(batch)
+        frozen = frozen_parameters(self._head) if self._plain_head else None
+        if frozen is None or self._full or not targets.numel():
+            return None
+        selection, _ = self._run(batch, mask, catch=True)
+        if selection.num_calls != 1 or selection.hidden is None:
+            self._plain_head = False
+            return None
+        return selection.hidden, *frozen, targets.to(selection.hidden.device)
+
     def _positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         if not self._seq2seq:
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         mask = labels != IGNORED
         return mask, labels[mask]
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, packed: PackedBatch | None = None) -> Tensor:
+        if packed is not None:
+            return self._call(**packed.inputs, use_cache=False).logits
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if self._seq2seq and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = _decoder_inputs(self._model, batch["labels"])
         with prompts_before(self._model, batch["labels"]):
             return self._call(**inputs, use_cache=False).logits
 
-    def _selected(self, batch: Batch, mask: Tensor) -> Tensor | None:
-        selection = _Selection(mask)
-        handle = self._head.register_forward_pre_hook(selection)
+    def _run(self, batch: Batch, mask: Tensor, *, catch: bool = False) -> tuple[_Selection, Tensor]:
+        """One forward pass with the labelled positions alone at the head."""
+        pack = self._packs and takes_packed(self._model)
+        packed = pack_batch(self._model, batch, mask) if pack else None
+        selection = _Selection(mask if packed is None else packed.mask, catch)
+        handles = [
+            self._head.register_forward_pre_hook(selection.before),
+            self._head.register_forward_hook(selection.after),
+        ]
         try:
-            logits = self._forward(batch)
+            return selection, self._forward(batch, packed)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _selected(self, batch: Batch, mask: Tensor) -> Tensor | None:
+        selection, logits = self._run(batch, mask)
         num_positions = int(mask.sum())
         if selection.num_calls != 1 or not selection.fits:
             return None
         if logits.shape[:-1].numel() != num_positions:
             return None
+        if not self._checked:
+            self._plain_head = logits is selection.output
         return logits.reshape(num_positions, logits.shape[-1])
 
     def _whole(self, batch: Batch, mask: Tensor) -> Tensor:
@@ -200,8 +257,11 @@ class LabelHead:
             for k, v in batch.items()
         }
         with torch.no_grad(), evaluating(self._model):
-            short = self._selected(part, mask[rows])
             whole = self._whole(part, mask[rows])
+            short = self._selected(part, mask[rows])
+            if self._packs and (short is None or not _agree(short, whole)):
+                self._packs = False
+                short = self._selected(part, mask[rows])
         self._checked = True
         if short is None:
             self._fall_back("its head does not see one hidden state per position")

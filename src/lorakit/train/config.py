@@ -68,8 +68,8 @@ class ModelSection:
     attention: Literal["eager", "sdpa", "grouped", "flash_attention_2"] | None = field(
         default=None,
         metadata=_help(
-            "attention kernel; null: transformers' choice. grouped trains rows of a few hundred "
-            "tokens fastest on a CPU"
+            "attention kernel; null: transformers' choice; on a CPU, for architectures that are "
+            "known to take it, grouped, under which batches are packed (docs/speed.md)"
         ),
     )
 

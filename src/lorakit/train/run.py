@@ -21,6 +21,7 @@ from lorakit.files import write_json, write_text
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.attention import use_attention
+from lorakit.models.fast_layers import use_fast_layers
 from lorakit.models.nf4 import Quantization, quantization_of
 from lorakit.progress import progress
 from lorakit.train.callbacks import (
@@ -173,6 +174,7 @@ class _Run:
         set_seed(self.config.seed)
         self.report = self.method.attach(self.model)
         use_fast_norms(self.model)
+        use_fast_layers(self.model)
         if self.start is None:
             self._start_from_data()
         if self.config.train.gradient_checkpointing:

@@ -14,8 +14,10 @@ from lorakit.data.collate import Collator
 from lorakit.data.encode import IGNORED
 from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
+from lorakit.models.attention import GROUPED, use_attention
 from lorakit.models.label_head import LabelHead, require_head
 from lorakit.models.load import load_base_model, load_config
+from lorakit.models.packing import can_pack
 from lorakit.train.config import TrainConfig
 from lorakit.train.memory import empty_model
 from lorakit.train.objectives.base import ExampleSet, Inputs, Validated
@@ -45,9 +47,12 @@ class SftObjective:
         return base
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The base as it is."""
+        """The base as it is; on a CPU with the attention that lets batches be packed."""
         base = self._config.model
-        return load_base_model(base.ref, base.quantize, dtype=dtype)
+        model = load_base_model(base.ref, base.quantize, dtype=dtype)
+        if base.attention is None and model.device.type == "cpu" and can_pack(model):
+            use_attention(model, GROUPED)
+        return model
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:
         """Nothing: the base has its head."""

@@ -1,0 +1,290 @@
+"""Packed batches and whole-layer functions give the loss and gradients of the general path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tiny_models
+from learned import attach_learned, trainable
+from lorakit.adapters.attach import attach, use
+from lorakit.adapters.fold import merge
+from lorakit.adapters.spec import LoraSpec
+from lorakit.layers import decoder
+from lorakit.layers.packed import Packing
+from lorakit.layers.rms_norm import use_fast_norms
+from lorakit.models import fast_layers, packing
+from lorakit.models.attention import GROUPED, use_attention
+from lorakit.models.fast_layers import use_fast_layers, use_own_layers
+from lorakit.models.label_head import LabelHead
+from lorakit.models.load import load_base_model
+
+Batch = dict[str, Tensor]
+Found = tuple[Tensor, dict[str, Tensor]]
+
+MIXED = LoraSpec(
+    targets="all-linear", r=3, alpha=7.5, rank_pattern={"k_proj": 5, "up_proj": 2, "o_proj": 1}
+)
+SOME = LoraSpec(targets=("q_proj", "up_proj", "down_proj"), r=2, alpha=5.0)
+FAST = ("llama", "llama-tied", "mistral", "qwen2")
+
+
+def a_batch(*, shared: int = 5, lengths: tuple[int, ...] = (12, 9, 12, 7)) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, tiny_models.VOCAB, (len(lengths), max(lengths)), generator=generator)
+    ids[:, :shared] = ids[:1, :shared]
+    ids[:, shared] = torch.arange(10, 10 + len(lengths))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    labels[:, : shared + 1] = -100
+    labels[0, 8:10] = -100
+    for row, length in enumerate(lengths):
+        mask[row, length:], labels[row, length:] = 0, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def model_of(architecture: str, spec: LoraSpec = MIXED) -> PreTrainedModel:
+    model = tiny_models.build(architecture).double()
+    attach_learned(model, spec)
+    return model.train()
+
+
+def run(model: PreTrainedModel, batch: Batch, **options: float) -> Found:
+    model.zero_grad()
+    loss = LabelHead(model).loss(batch, **options)  # type: ignore[arg-type]
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in trainable(model).items()}  # type: ignore[union-attr]
+
+
+def assert_same(found: Found, expected: Found, tolerance: float = 1e-5) -> None:
+    # 1e-5 and not 1e-12: transformers' norms go through float32 whatever the model's dtype.
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What took the fast way: "layer" for each layer function, "shared n" for each packing."""
+    seen: list[str] = []
+    layer, pack = decoder.decoder_layer, packing.pack_rows
+
+    def counted_layer(*args: object) -> Tensor:
+        seen.append("layer")
+        return layer(*args)  # type: ignore[arg-type]
+
+    def counted_pack(*args: object, **options: object) -> tuple[Packing, Tensor]:
+        found = pack(*args, **options)  # type: ignore[arg-type]
+        seen.append(f"shared {found[0].shared}")
+        return found
+
+    monkeypatch.setattr(fast_layers, "decoder_layer", counted_layer)
+    monkeypatch.setattr(packing, "pack_rows", counted_pack)
+    return seen
+
+
+@pytest.mark.parametrize("architecture", [*FAST, "qwen3", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("shared", [0, 5])
+def test_a_packed_batch_has_the_loss_and_gradients_of_a_padded_one(architecture, shared, calls):
+    spec = LoraSpec(targets="all-linear", r=3, alpha=7.5)
+    model, batch = model_of(architecture, spec), a_batch(shared=shared)
+    expected = run(model, batch)
+    assert not calls
+    use_attention(model, GROUPED)
+    assert_same(run(model, batch), expected)
+    assert calls[-1] == f"shared {shared}"
+
+
+@pytest.mark.parametrize("architecture", FAST)
+@pytest.mark.parametrize("spec", [MIXED, SOME])
+@pytest.mark.parametrize("norms", [False, True])
+def test_a_whole_layer_function_has_the_gradients_of_the_layer(architecture, spec, norms, calls):
+    model, batch = model_of(architecture, spec), a_batch()
+    expected = run(model, batch, label_smoothing=0.1)
+    use_attention(model, GROUPED)
+    if norms:
+        use_fast_norms(model)
+    assert use_fast_layers(model) == 2
+    assert use_fast_layers(model) == 0
+    assert_same(run(model, batch, label_smoothing=0.1), expected)
+    assert calls.count("layer") == 4  # two layers, in the check and in the step
+    use_own_layers(model)
+    assert_same(run(model, batch, label_smoothing=0.1), expected)
+    assert calls.count("layer") == 4
+
+
+def fast(model: PreTrainedModel) -> PreTrainedModel:
+    use_attention(model, GROUPED)
+    assert use_fast_layers(model) == 2
+    return model
+
+
+def test_one_row_alone_and_rows_of_one_token_are_packed(calls):
+    model = model_of("llama")
+    for batch in (a_batch(lengths=(9,)), a_batch(shared=3, lengths=(4, 8, 5))):
+        expected = run(model, batch)
+        assert_same(run(fast(copy.deepcopy(model)), batch), expected)
+    assert "layer" in calls
+    assert "shared 3" in calls
+
+
+def test_gradient_checkpointing_recomputes_the_function(calls):
+    model, batch = model_of("llama"), a_batch()
+    expected = run(model, batch)
+    fast(model).gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(run(model, batch), expected)
+    assert calls.count("layer") == 6  # check, forward, and once more in the backward pass
+
+
+def test_autocast_computes_in_bfloat16_over_float32_and_bfloat16_bases(calls):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, batch = model_of("llama").to(dtype), a_batch()
+        for parameter in trainable(model).values():
+            parameter.data = parameter.data.float()
+        exact = run(copy.deepcopy(model).double(), batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            own = run(model, batch)
+            found = run(fast(model), batch)
+        assert found[0].dtype == torch.float32
+        assert {g.dtype for g in found[1].values()} == {torch.float32}
+        assert calls
+        calls.clear()
+        # As near to the truth as the general path in the same arithmetic.
+        truth, near, ours = (
+            torch.cat([g.flatten() for g in f[1].values()]) for f in (exact, own, found)
+        )
+        assert (ours - truth).norm() < 1.5 * (near - truth).norm() + 0.002 * truth.norm()
+
+
+def test_several_adapters_and_merged_ones(calls):
+    model, batch = model_of("llama"), a_batch()
+    attach(model, LoraSpec(targets="qv", r=2, alpha=3.0), name="b")
+    for name, parameter in trainable(model).items():
+        torch.nn.init.normal_(
+            parameter, std=0.2, generator=torch.Generator().manual_seed(len(name))
+        )
+    expected = run(model, batch)
+    assert_same(run(fast(model), batch), expected)
+    assert calls.count("layer") == 4
+    use_own_layers(model)
+    with use(model, None):
+        base = LabelHead(model).loss(batch)
+        fast(model)
+        torch.testing.assert_close(LabelHead(model).loss(batch), base)
+    assert not torch.allclose(base, expected[0])
+    merge(model, "default")
+    calls.clear()
+    with use(model, "default"):
+        merged = LabelHead(model).loss(batch)
+    assert calls.count("layer") == 4
+    use_own_layers(model)
+    with use(model, "default"):
+        torch.testing.assert_close(merged, LabelHead(model).loss(batch))
+
+
+def _dora() -> PreTrainedModel:
+    return model_of("llama", LoraSpec(targets="all-linear", update="dora", r=3, alpha=7.5))
+
+
+def _hooked() -> PreTrainedModel:
+    model = model_of("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _m, _x, y: 2 * y)
+    return model
+
+
+def _trained_norms() -> PreTrainedModel:
+    model = model_of("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("make", [_dora, _hooked, _trained_norms])
+def test_what_the_function_does_not_know_runs_its_own_way(make: Callable, calls):
+    model, batch = make(), a_batch()
+    expected = run(model, batch)
+    assert_same(run(fast(model), batch), expected)
+    assert "layer" not in calls
+    assert "shared 5" in calls
+
+
+def test_dropout_draws_for_each_row_and_keeps_the_function_away(calls):
+    model = model_of("llama", LoraSpec(targets="all-linear", r=3, alpha=7.5, dropout=0.5))
+    run(fast(model), a_batch())
+    # Compared in eval mode, where nothing drops, and the start is shared.
+    assert calls == ["shared 5", "layer", "layer", "shared 0"]
+
+
+def test_rows_with_adapters_of_their_own_are_not_packed(calls):
+    model, batch = model_of("llama"), a_batch()
+    rows = ["default", None, "default", None]
+    with use(model, rows):
+        expected = LabelHead(model).loss(batch)
+        found = LabelHead(fast(model)).loss(batch)
+    torch.testing.assert_close(found, expected)
+    assert not calls
+
+
+def test_four_bit_layers_run_their_own_way_in_a_packed_batch(tmp_path: Path, calls):
+    tiny_models.build("llama").save_pretrained(tmp_path)
+    model = load_base_model(tmp_path, "nf4", device="cpu")
+    attach_learned(model, MIXED)
+    batch = a_batch()
+    expected = run(model, batch)
+    assert_same(run(fast(model), batch), expected, 1e-3)
+    assert "layer" not in calls
+    assert "shared 5" in calls
+
+
+def test_left_padding_and_short_windows_are_not_packed(calls):
+    model = fast(model_of("llama"))
+    batch = {name: tensor.flip(1) for name, tensor in a_batch().items()}
+    run(model, batch)
+    assert not calls
+    model.config.sliding_window = 8
+    run(model, a_batch())
+    assert "layer" not in calls
+
+
+def test_logits_and_their_rows_are_those_of_the_padded_batch():
+    model, batch = model_of("llama"), a_batch()
+    own = LabelHead(model).logits(batch)
+    found = LabelHead(fast(model)).logits(batch)
+    torch.testing.assert_close(found.logits, own.logits, rtol=1e-4, atol=1e-5)
+    assert found.targets.equal(own.targets)
+    assert found.rows.equal(own.rows)
+
+
+def test_a_model_that_mixes_tokens_elsewhere_is_found_out_by_the_first_batch(calls):
+    model, batch = model_of("llama"), a_batch()
+    use_attention(model, GROUPED)
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, _x, y: y + y.roll(1, 1))
+    own = copy.deepcopy(model)
+    use_attention(own, "eager")
+    head = LabelHead(model)
+    torch.testing.assert_close(head.loss(batch), LabelHead(own).loss(batch), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+    assert not head.full_forward
+
+
+def test_what_a_layer_keeps_is_less_than_what_its_operations_keep():
+    kept = []
+    for prepare in (lambda m: use_attention(m, GROUPED), fast):
+        model = model_of("llama")
+        prepare(model)
+        head, batch = LabelHead(model), a_batch()
+        head.loss(batch)
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            head.loss(batch)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.6 * kept[0]
