@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
     "compare": ("lorakit.cli.compare", "compare methods on one task under one budget"),
     "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),
+    "analyze": ("lorakit.cli.analyze", "see what an adapter has learned, or two have in common"),
     "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),
     "report": ("lorakit.cli.report", "write one HTML file from what a run left"),
 }

@@ -53,6 +53,7 @@ def render_report(report: Report) -> str:
     filters["mark"] = _mark
     filters["value"] = _value_text
     filters["table_text"] = _table_text
+    filters["drawing"] = Markup
     curve = report.get("curve")
     plot = report.get("method_plot")
     curves = [c for c in report.get("method_curves", []) if any(c["runs"])]
@@ -61,6 +62,7 @@ def render_report(report: Report) -> str:
         "tiles": [],
         "comparison": None,
         "methods": None,
+        "sections": [],
         "samples": [],
         "certificate": None,
         "details": {},

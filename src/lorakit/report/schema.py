@@ -107,6 +107,16 @@ class MethodCurve(TypedDict):
     runs: list[list[list[float]]]
 
 
+class Section(TypedDict):
+    """A drawing (inline SVG), a table, already formatted, or both, under a title."""
+
+    title: str
+    svg: NotRequired[str]
+    columns: NotRequired[list[str]]
+    rows: NotRequired[list[list[str]]]
+    note: NotRequired[str]
+
+
 class Report(TypedDict):
     """A whole report; every section but the title may be left out."""
 
@@ -118,6 +128,7 @@ class Report(TypedDict):
     method_plot: NotRequired[MethodPlot]
     method_curves: NotRequired[list[MethodCurve]]
     curve: NotRequired[Curve]
+    sections: NotRequired[list[Section]]
     samples: NotRequired[list[Sample]]
     certificate: NotRequired[Certificate]
     details: NotRequired[dict[str, dict[str, Any]]]

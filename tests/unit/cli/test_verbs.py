@@ -163,3 +163,42 @@ def test_chat_answers_each_line_and_switches(answer, monkeypatch, run_directory)
         ("assistant", "base"),
         ("assistant", "adapter"),
     ]
+
+
+def test_analyze_measures_a_run_and_compares_it_with_its_adapter(
+    capsys, answer, run_directory, tmp_path
+):
+    code, found = answer("analyze", str(run_directory), "-o", str(tmp_path / "out"))
+    assert code == 0
+    assert found["measures"] == ["spectra", "amplification", "intruders", "norms"]
+    assert len(found["sites"]) == 14
+    assert found["files"] == [
+        "analysis.json",
+        "norms.csv",
+        "report.html",
+        "singular_values.csv",
+        "sites.csv",
+    ]
+    last = [row for row in found["norms"]["run"] if row["step"] == 4]
+    assert {row["site"]: row["norm"] for row in last} == {
+        site["site"]: site["spectrum"]["norm"] for site in found["sites"]
+    }
+    words = ["analyze", str(run_directory), str(run_directory / "adapter"), "--sites", "q_proj"]
+    assert main([*words, "--without-base", "--top", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "layers.0.self_attn.q_proj" in shown
+    assert "layers.1" not in shown
+
+
+def test_analyze_refuses_what_it_cannot_measure(answer, base, run_directory, tmp_path):
+    adapter = str(run_directory / "adapter")
+    assert answer("analyze", adapter, "--measures", "spectrum")[0] == 2
+    assert answer("analyze", adapter, "--without-base", "--measures", "intruders")[0] == 2
+    assert answer("analyze", adapter, "--sites", "c_attn")[0] == 2
+    assert answer("analyze", str(base))[0] == 2
+    assert answer("analyze", adapter, adapter, adapter, "--without-base")[0] == 2
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("")
+    code, found = answer("analyze", adapter, "-o", str(tmp_path / "out"))
+    assert code == 2
+    assert "not empty" in found["error"]["what"]
