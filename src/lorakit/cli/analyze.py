@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os.path
 import shlex
 from collections.abc import Sequence
+from itertools import takewhile
 
 from lorakit.analysis.options import MEASURES, AnalyzeOptions
 from lorakit.analysis.pairs import OFS
@@ -49,6 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--any-base", action="store_true", help="even if it was trained on another base"
     )
     parser.add_argument("--device", metavar="DEVICE", help="where the base is: cpu, cuda, ...")
+    _add_choices(parser)
+    parser.add_argument(
+        "--top", type=int, default=12, metavar="N", help="sites shown (default: 12)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help=f"also write JSON, CSV and {PAGE_NAME} there; must not exist yet, or be empty",
+    )
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measures",
         metavar="A,B,...",
@@ -75,15 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="directions the amplification takes (default: each site's rank)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random controls (default: 0)")
-    parser.add_argument(
-        "--top", type=int, default=12, metavar="N", help="sites shown (default: 12)"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        help=f"also write JSON, CSV and {PAGE_NAME} there; must not exist yet, or be empty",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -192,8 +196,10 @@ def _show_sites(label: str, sites: Sequence[SiteFacts], top: int) -> None:
 
 def _prefix(sites: Sequence[str]) -> str:
     """What all names begin with, whole components only: it is written once, in the title."""
-    common = os.path.commonprefix(list(sites))
-    return common[: common.rfind(".") + 1] if len(sites) > 1 else ""
+    if len(sites) < 2:
+        return ""
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(s.split(".") for s in sites)))
+    return "".join(f"{parts[0]}." for parts in same)
 
 
 def _show_pair(analysis: Analysis, top: int) -> None:
