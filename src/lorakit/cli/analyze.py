@@ -198,7 +198,8 @@ def _prefix(sites: Sequence[str]) -> str:
     """What all names begin with, whole components only: it is written once, in the title."""
     if len(sites) < 2:
         return ""
-    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(s.split(".") for s in sites)))
+    names = (site.split(".") for site in sites)
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
     return "".join(f"{parts[0]}." for parts in same)
 
 
