@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -143,6 +144,14 @@ def available_memory_bytes() -> int:
     """The memory (bytes) this process can still take, on the machine and within its container."""
     rooms = [max(0, limit - used) for limit, used in _cgroup_memory(_CGROUP_ROOT)]
     return min([psutil.virtual_memory().available, *rooms])
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library (glibc) keeps it for later."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def supports_bf16(device: str | torch.device | None = None) -> bool:

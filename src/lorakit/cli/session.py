@@ -51,7 +51,7 @@ class Session:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --model, --adapter, --dtype, --device and --any-base."""
+    """Declare --model, --adapter, --dtype, --quantize, --device and --any-base."""
     parser.add_argument(
         "--model",
         metavar="REF",
@@ -63,6 +63,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["float32", "bfloat16", "float16", "auto"],
         help="load the weights as this; by default float32 on a CPU, bfloat16 on CUDA",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=["nf4"],
+        help="keep the base's linear layers in 4 bits, quantized while they are read",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
     parser.add_argument(
@@ -82,7 +87,7 @@ def open_session(args: argparse.Namespace) -> Session:
     require_writer(args.adapter)
     ref = args.model or base_of(args.adapter)
     note(f"loading {ref}" + (f" with {args.adapter}" if args.adapter else ""))
-    model, tokenizer = load_model(ref, dtype=args.dtype, device=args.device)
+    model, tokenizer = load_model(ref, args.quantize, dtype=args.dtype, device=args.device)
     method = None
     if args.adapter:
         method = load_saved(model, args.adapter, name=ADAPTER, any_base=args.any_base)

@@ -21,6 +21,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from lorakit.adapters.fingerprint import sample
+from lorakit.environment import return_freed_memory
 from lorakit.errors import ModelError
 from lorakit.formatting import format_bytes, format_count
 from lorakit.models.memory import require_memory
@@ -37,6 +38,7 @@ from lorakit.weights.nf4 import (
 from lorakit.weights.storage import num_params
 
 _METHOD = "lorakit_nf4"
+_RETURN_EVERY_BYTES = 2_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,6 +219,7 @@ class Nf4OnLoad(QuantizationConfigMixin):
         self.dtype = dtype
         self.device = device
         self.not_finite: list[str] = []
+        self.freed_bytes = 0
 
 
 class Nf4Quantizer(HfQuantizer):
@@ -316,6 +319,12 @@ class _QuantizeOne(ConversionOps):
                 value.T if transposed else value, layer, self.config.dtype, self.config.device
             )
             vars(layer)["_is_hf_initialized"] = True
+            self.config.freed_bytes += value.numel() * value.element_size()
+        if self.config.freed_bytes > _RETURN_EVERY_BYTES:
+            # Small packed weights come to lie in the gaps that dense ones leave, and the next dense
+            # one no longer fits there: without this the gaps add up to a dense copy.
+            return_freed_memory()
+            self.config.freed_bytes = 0
         return result
 
 
