@@ -39,6 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="compute the proof in this dtype; the weights keep the one they are stored in",
     )
+    parser.add_argument(
+        "--onto",
+        choices=["dense", "nf4-dequantized"],
+        default="dense",
+        help="merge into the original weights, or into these as NF4 holds them, multiplied out: "
+        "what an adapter trained on NF4 was trained beside (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--requantize",
+        choices=["nf4"],
+        help="store the merged model in 4 bits, with a report of what survived",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
             base=args.base,
             any_base=args.any_base,
             dtype=args.dtype,
+            onto=args.onto,
+            requantize=args.requantize,
         )
     )
     if args.json:
@@ -64,8 +78,31 @@ def run(args: argparse.Namespace) -> int:
         for tensor in sorted(lost, key=lambda t: t["survival"])[:_NUM_SHOWN]:
             table.add_row(tensor["name"], f"{tensor['survival']:.1%}")
         console.stdout().print(table)
+    if "requantized" in certificate:
+        _show_survival(certificate["requantized"])
     console.print_text(f"{args.output}: merged model and {CERTIFICATE_NAME}")
     return 0
+
+
+def _show_survival(report: dict[str, Any]) -> None:
+    """What is left of the adapter after the merged weights were quantized again."""
+    columns = ["layer", "share left", "relative error"]
+    table = console.table("survival in 4 bits, worst layers", columns, numbers=columns[1:])
+    for layer in sorted(report["layers"], key=lambda x: -x["relative_error"])[:_NUM_SHOWN]:
+        table.add_row(layer["name"], f"{layer['share']:.1%}", f"{layer['relative_error']:.2f}")
+    console.stdout().print(table)
+    facts = {
+        "mean logit error": f"{format_number(report['mean_abs_logit_error'])} where the adapter "
+        f"changes logits by {format_number(report['mean_abs_logit_change'])} on average",
+        "recommendation": report["recommendation"],
+    }
+    if report["share"] is not None:
+        facts = {
+            "share of the change left": f"{report['share']:.1%}, relative error "
+            f"{report['relative_error']:.2f}",
+            **facts,
+        }
+    console.print_facts("requantized to NF4", facts)
 
 
 def print_certificate(certificate: dict[str, Any]) -> None:

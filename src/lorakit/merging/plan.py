@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
@@ -114,6 +115,23 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
         untied=untied,
         adapter=bound,
     )
+
+
+def stored_names(
+    directory: Path, model: PreTrainedModel, parameters: Sequence[str]
+) -> list[str] | None:
+    """The names that parameters have in the checkpoint; None where one is under no name of its own.
+
+    Args:
+        directory: the checkpoint.
+        model: its architecture; on the meta device is enough.
+        parameters: names in the model.
+    """
+    location, _ = _headers(directory)
+    prefix = str(model.base_model_prefix)
+    names = [_stored_name(parameter, location, prefix) for parameter in parameters]
+    found = [name for name in names if name is not None]
+    return found if len(found) == len(names) else None
 
 
 def _wanted(adapter: Adapter) -> dict[str, tuple[str | None, str | None]]:

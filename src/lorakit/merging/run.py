@@ -6,10 +6,13 @@ import dataclasses
 import gc
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -17,7 +20,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lorakit.adapters.adapter import Adapter
 from lorakit.data.task_facts import saved_task
 from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelError, RequestError
-from lorakit.files import atomic_directory, require_free, write_json
+from lorakit.files import atomic_directory, require_free, write_json, writing
+from lorakit.merging.four_bit import (
+    layer_survivals,
+    survival_report,
+    write_dequantized,
+    write_requantized,
+)
 from lorakit.merging.plan import MergePlan, plan_merge
 from lorakit.merging.probes import Answers, ask, make_probes, max_abs_difference
 from lorakit.merging.shards import StoredChange, write_shards
@@ -29,6 +38,7 @@ from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model, load_tokenizer
 from lorakit.models.resolve import resolve_model
 from lorakit.models.task_head import ClassificationHead
+from lorakit.weights.nf4 import require_nf4
 
 CERTIFICATE_NAME = "merge.json"
 # The largest logit error that the stored dtype explains, as a share of the largest logit.
@@ -36,6 +46,8 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2
 _MIN_EFFECT_LEFT = 0.1
 # Less of the change than this is left after rounding: the merged model is not the adapter's.
 _MIN_SURVIVAL = 0.5
+
+Onto = Literal["dense", "nf4-dequantized"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +60,9 @@ class MergeRequest:
         base: the base model; None for the one the adapter names.
         any_base: merge even if the passport names another base.
         dtype: the dtype the proof is computed in; None for the default of `load_model`.
+        onto: "dense" for the original weights, "nf4-dequantized" for these as NF4 holds them: what
+            an adapter that was trained on NF4 was trained beside.
+        requantize: "nf4" stores the merged model in 4 bits, with a report of what survived.
     """
 
     adapter: Path
@@ -55,6 +70,8 @@ class MergeRequest:
     base: str | None = None
     any_base: bool = False
     dtype: str | None = None
+    onto: Onto = "dense"
+    requantize: Literal["nf4"] | None = None
 
 
 def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
@@ -78,32 +95,108 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         _named_base(adapter, request.adapter) if adapter else _base_in_passport(saved)
     )
     resolved = resolve_model(ref)
-    # A classifier's head is not in the base's files: its merged form is written as a whole.
-    by_shard = adapter is not None and _head(saved) is None
-    plan = plan_merge(resolved.path, adapter) if adapter and by_shard else None
-    tokenizer = _tokenizer(resolved.path)
-    proof, probes = _before(resolved.path, tokenizer, request)
-    with atomic_directory(request.output) as staging:
+    _require_four_bit(request, saved)
+    with ExitStack() as stack:
+        directory = resolved.path
+        if request.onto == "nf4-dequantized":
+            directory = _beside(request.output, stack)
+            _write_dequantized(resolved.path, directory, saved, request)
+            # The base was checked above; its dequantized weights have another fingerprint.
+            request = dataclasses.replace(request, any_base=True)
+        # A classifier's head is not in the base's files: its merged form is written as a whole.
+        by_shard = adapter is not None and _head(saved) is None
+        plan = plan_merge(directory, adapter) if adapter and by_shard else None
+        _require_shards(request, plan)
+        proof, probes = _before(directory, _tokenizer(directory), request)
+        staging = stack.enter_context(atomic_directory(request.output))
+        dense = _beside(request.output, stack) if request.requantize else staging
         changes: list[StoredChange] = []
         dtype = None
         if plan is not None:
-            changes = write_shards(plan, staging)
+            changes = write_shards(plan, dense)
         else:
-            dtype = _write_whole(resolved.path, request, staging)
-        merged = load_base_model(staging, dtype=request.dtype)
-        reread = ask(merged, probes, generate=True)
-        del merged
-        gc.collect()
-        certificate = _certificate(proof, reread, changes, plan, dtype)
+            dtype = _write_whole(directory, request, dense)
+        certificate = _certificate(proof, _reread(dense, probes, request), changes, plan, dtype)
+        _require(certificate)
+        if request.requantize and plan is not None:
+            certificate |= _requantize(plan, dense, staging, proof, (probes, request))
         certificate |= {
+            "onto": request.onto,
             "adapter": str(request.adapter),
             "base": ref,
             "output": str(request.output),
             "seconds": round(time.monotonic() - started, 2),
         }
-        _require(certificate)
         write_json(staging / CERTIFICATE_NAME, certificate)
     return certificate
+
+
+def _beside(output: Path, stack: ExitStack) -> Path:
+    """A temporary directory on the disk that the result will take, gone when the stack closes."""
+    parent = output.resolve().parent
+    with writing(output):
+        parent.mkdir(parents=True, exist_ok=True)
+        held = TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=parent)
+    return Path(stack.enter_context(held))
+
+
+def _require_four_bit(request: MergeRequest, saved: Saved) -> None:
+    """Refuse, before anything is read, what cannot be merged around 4-bit weights."""
+    if request.onto == "dense" and request.requantize is None:
+        return
+    require_nf4(torch.device("cpu"))
+    if saved.name != LoraMethod.name:
+        raise RequestError(
+            "only low-rank adapters are merged around 4-bit weights",
+            where="--onto" if request.onto != "dense" else "--requantize",
+            found=saved.name,
+            remedy="merge into the dense weights: leave --onto and --requantize out",
+        )
+    if request.requantize and _head(saved) is not None:
+        raise RequestError(
+            "a classifier is merged as a whole: what survives in 4 bits cannot be told per layer",
+            where="--requantize",
+            remedy="leave --requantize out, and load the merged model with quantize='nf4'",
+        )
+
+
+def _require_shards(request: MergeRequest, plan: MergePlan | None) -> None:
+    if request.requantize and plan is None:
+        raise RequestError(
+            "this checkpoint's tensors have other names than the model's parameters: "
+            "what survives in 4 bits cannot be told per layer",
+            where="--requantize",
+            remedy="leave --requantize out, and load the merged model with quantize='nf4'",
+        )
+
+
+def _write_dequantized(directory: Path, output: Path, saved: Saved, request: MergeRequest) -> None:
+    with writing(request.output):
+        write_dequantized(
+            directory, output, None if request.any_base else saved.passport, head=_head(saved)
+        )
+
+
+def _requantize(
+    plan: MergePlan,
+    dense: Path,
+    staging: Path,
+    proof: _Before,
+    asked: tuple[list[dict[str, Tensor]], MergeRequest],
+) -> dict[str, Any]:
+    """Store the merged model in 4 bits, and measure what that costs."""
+    quantization = write_requantized(dense, staging)
+    reread = _reread(staging, *asked)
+    report = survival_report(layer_survivals(plan), proof.base, proof.live, reread)
+    return {"quantization": quantization, "requantized": report}
+
+
+def _reread(directory: Path, probes: list[dict[str, Tensor]], request: MergeRequest) -> Answers:
+    model = load_base_model(directory, dtype=request.dtype)
+    answers = ask(model, probes, generate=True)
+    del model
+    gc.collect()
+    return answers
 
 
 @dataclass(frozen=True, slots=True)

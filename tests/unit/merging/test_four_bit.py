@@ -1,0 +1,128 @@
+"""Merging around a 4-bit base, and what the survival report says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_models
+from learned import attach_learned
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import BaseMismatchError, LorakitWarning
+from lorakit.formats.peft import save_adapter
+from lorakit.merging.four_bit import recommendation
+from lorakit.merging.run import MergeRequest, merge_to_disk
+from lorakit.models.load import load_base_model
+from lorakit.models.nf4 import quantization_of
+
+
+def adapter_on_nf4(path: Path, architecture: str = "llama", size: float = 0.2) -> Any:
+    """A base and an adapter learned beside its 4-bit weights; the live outputs and the inputs."""
+    tiny_models.build(architecture).save_pretrained(path / "base", max_shard_size="40KB")
+    model = load_base_model(path / "base", "nf4", device="cpu")
+    given = tiny_models.inputs(model)
+    attach_learned(model, LoraSpec(r=3, alpha=7.5, targets="all-linear"), size=size)
+    save_adapter(model, path / "adapter")
+    return tiny_models.outputs(model, given), given
+
+
+def request(path: Path, **options: Any) -> MergeRequest:
+    return MergeRequest(
+        adapter=path / "adapter", output=path / "merged", base=str(path / "base"), **options
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_onto_the_dequantized_weights_gives_the_live_model_dense(
+    tmp_path: Path, architecture: str
+) -> None:
+    live, given = adapter_on_nf4(tmp_path, architecture)
+    with pytest.warns(LorakitWarning, match="trained beside nf4"):
+        certificate = merge_to_disk(request(tmp_path, onto="nf4-dequantized"))
+    assert certificate["onto"] == "nf4-dequantized"
+    merged = load_base_model(tmp_path / "merged", device="cpu")
+    assert quantization_of(merged) is None
+    torch.testing.assert_close(tiny_models.outputs(merged, given), live, rtol=1e-4, atol=1e-4)
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "merged"}
+
+
+def test_the_default_merges_into_the_original_weights(tmp_path: Path) -> None:
+    live, given = adapter_on_nf4(tmp_path)
+    with pytest.warns(LorakitWarning, match="trained beside nf4"):
+        certificate = merge_to_disk(request(tmp_path))
+    assert "requantized" not in certificate
+    merged = load_base_model(tmp_path / "merged", device="cpu")
+    difference = (tiny_models.outputs(merged, given) - live).abs().max()
+    assert difference > 1e-3  # the rounding of the base that the adapter was trained beside
+
+
+@pytest.mark.parametrize("onto", ["dense", "nf4-dequantized"])
+def test_a_requantized_merge_is_in_4_bits_and_reports_what_survived(
+    tmp_path: Path, onto: Any
+) -> None:
+    adapter_on_nf4(tmp_path)
+    with pytest.warns(LorakitWarning, match="trained beside nf4"):
+        certificate = merge_to_disk(request(tmp_path, onto=onto, requantize="nf4"))
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text()) == certificate
+    merged = load_base_model(tmp_path / "merged", device="cpu")
+    found = quantization_of(merged)
+    assert found is not None
+    assert found.num_layers == 14
+    report = certificate["requantized"]
+    assert len(report["layers"]) == 14
+    assert all(0.3 < layer["share"] < 1.7 for layer in report["layers"])
+    assert report["mean_abs_logit_error"] > 0
+    assert "share =" in report["formula"]
+    assert report["recommendation"]
+
+
+def test_a_small_change_is_rounded_away_on_the_levels_and_not_between_them(
+    tmp_path: Path,
+) -> None:
+    shares = {}
+    adapter_on_nf4(tmp_path, size=3e-3)
+    for onto in ("dense", "nf4-dequantized"):
+        made = request(tmp_path, onto=onto, requantize="nf4")
+        with pytest.warns(LorakitWarning, match="trained beside nf4"):
+            report = merge_to_disk(
+                MergeRequest(
+                    adapter=made.adapter,
+                    output=tmp_path / onto,
+                    base=made.base,
+                    onto=made.onto,
+                    requantize="nf4",
+                )
+            )["requantized"]
+        shares[onto] = report["share"]
+        assert "do not use" in report["recommendation"]
+    assert abs(shares["nf4-dequantized"]) < 0.3
+    assert abs(shares["dense"] - shares["nf4-dequantized"]) > 0.3
+
+
+def test_the_dequantized_weights_of_another_base_are_refused(tmp_path: Path) -> None:
+    adapter_on_nf4(tmp_path)
+    torch.manual_seed(99)
+    other = tiny_models.build("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    wrong = MergeRequest(
+        adapter=tmp_path / "adapter",
+        output=tmp_path / "merged",
+        base=str(tmp_path / "other"),
+        onto="nf4-dequantized",
+    )
+    with pytest.raises(BaseMismatchError):
+        merge_to_disk(wrong)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_recommendation_follows_the_error() -> None:
+    assert "can take" in recommendation(0.1)
+    assert "evaluate" in recommendation(0.4)
+    assert "do not use" in recommendation(1.3)
