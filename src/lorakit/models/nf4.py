@@ -31,6 +31,7 @@ from lorakit.weights.nf4 import (
     Source,
     bitsandbytes,
     is_four_bit,
+    keep_as_bytes,
     packed_parameter,
     remember_source,
     settle,
@@ -171,8 +172,8 @@ def four_bit_config(model: PreTrainedModel) -> BitsAndBytesConfig:
     layers = [FourBitWeight(m) for m in model.modules() if is_four_bit(m)]
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=layers[0].storage() if layers else "nf4",
+        bnb_4bit_use_double_quant=layers[0].is_nested() if layers else True,
         bnb_4bit_compute_dtype=layers[0].dtype() if layers else torch.float32,
         llm_int8_skip_modules=dense,
     )
@@ -184,14 +185,19 @@ def finish_four_bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Mutates `model`: what is dense is cast to `dtype`, products are computed in `dtype`, nothing
     repacks a weight, and `save_pretrained` writes bitsandbytes' layout.
     """
-    for module in model.modules():
+    packed: set[int] = set()
+    for name, module in model.named_modules():
         if is_four_bit(module):
+            _require_packed(name, module)
             settle(module)
+            keep_as_bytes(module)
             layer = cast(Any, module)
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
             layer.weight.quant_state.dtype = dtype
+            packed.add(id(layer.weight))
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not _kept_wide(model, name, dtype):
+        is_dense = parameter.is_floating_point() and id(parameter) not in packed
+        if is_dense and not _kept_wide(model, name, dtype):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     config = four_bit_config(model)
@@ -202,6 +208,18 @@ def finish_four_bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
     marks.is_loaded_in_4bit = True
     # transformers' Trainer refuses what carries this mark, whatever adapter is on it.
     vars(model).pop("is_quantized", None)
+
+
+def _require_packed(name: str, layer: nn.Module) -> None:
+    if vars(layer.get_parameter("weight")).get("quant_state") is None:
+        raise ModelError(
+            "a layer that should be in 4 bits is not",
+            where=f"{name}.weight",
+            expected="packed numbers and their scales, as config.json (quantization_config) says",
+            found=str(layer.get_parameter("weight").dtype).removeprefix("torch."),
+            remedy="save the model again with the tool that quantized it, or, if its weights are "
+            "dense, take quantization_config out of config.json",
+        )
 
 
 class Nf4OnLoad(QuantizationConfigMixin):
@@ -312,12 +330,14 @@ class _QuantizeOne(ConversionOps):
             remember_source(
                 layer, Source(tuple(value.shape), value.dtype, sample(value), transposed)
             )
-            if not bool(torch.isfinite(value).all()):
+            oriented = value.T if transposed else value
+            place = (self.config.dtype, self.config.device)
+            try:
+                result[name] = packed_parameter(oriented, layer, *place)
+            except ModelError:
+                # All of them are named once the whole model is read.
                 self.config.not_finite.append(name)
-                value = torch.zeros_like(value)
-            result[name] = packed_parameter(
-                value.T if transposed else value, layer, self.config.dtype, self.config.device
-            )
+                result[name] = packed_parameter(torch.zeros_like(oriented), layer, *place)
             vars(layer)["_is_hf_initialized"] = True
             self.config.freed_bytes += value.numel() * value.element_size()
         if self.config.freed_bytes > _RETURN_EVERY_BYTES:

@@ -27,6 +27,9 @@ EXTRA = "pip install 'lorakit[quant]'"
 BITS_PER_PARAM = 4 + 8 / BLOCK + 32 / (BLOCK * STATISTICS_BLOCK)
 _TAIL = 0.9677083
 _SOURCE = "_lorakit_source"
+# Numbers quantized at a time, whole blocks: little memory on a CPU, few launches on a device.
+_PIECE = 4096 * BLOCK
+_PIECE_ON_DEVICE = 64 * _PIECE
 
 
 class QuantState(Protocol):
@@ -205,14 +208,22 @@ def packed_parameter(
     Raises:
         ModelError: a value is not finite.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ModelError("a weight is not finite and cannot be quantized")
     library = bitsandbytes()
-    dense = weight.detach().to(device=device, dtype=torch.float32).contiguous()
-    packed, state = library.functional.quantize_4bit(
-        dense, blocksize=BLOCK, quant_type="nf4", compress_statistics=True
+    packed, scales = _quantized_blocks(weight.detach(), device)
+    offset = scales.mean()
+    second, state2 = library.functional.quantize_blockwise(
+        scales - offset, blocksize=STATISTICS_BLOCK
     )
-    state.dtype = dtype
+    state = library.functional.QuantState(
+        absmax=second,
+        shape=weight.shape,
+        code=library.functional.get_4bit_type("nf4", device=device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=offset,
+        state2=state2,
+    )
     cast(QuantizedLinear, layer).quant_state = state
     return library.nn.Params4bit(
         packed,
@@ -223,6 +234,28 @@ def packed_parameter(
         quant_type="nf4",
         bnb_quantized=True,
     )
+
+
+def _quantized_blocks(weight: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Packed indices (numbers / 2 rounded up, 1) uint8, and the scale of each block, float32.
+
+    Blocks do not touch each other, so a weight is taken piece by piece: bitsandbytes' CPU code
+    needs over 16 bytes beside each number that it quantizes at once.
+    """
+    flat = weight.reshape(-1)
+    packed = torch.empty((len(flat) + 1) // 2, 1, dtype=torch.uint8, device=device)
+    scales = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=device)
+    size = _PIECE if device.type == "cpu" else _PIECE_ON_DEVICE
+    for start in range(0, len(flat), size):
+        piece = flat[start : start + size].to(device=device, dtype=torch.float32)
+        if not bool(torch.isfinite(piece).all()):
+            raise ModelError("a weight is not finite and cannot be quantized")
+        indices, state = bitsandbytes().functional.quantize_4bit(
+            piece, blocksize=BLOCK, quant_type="nf4", compress_statistics=False
+        )
+        packed[start // 2 : start // 2 + len(indices)] = indices
+        scales[start // BLOCK : start // BLOCK + len(state.absmax)] = state.absmax
+    return packed, scales
 
 
 def round_trip(weight: Tensor) -> Tensor:
@@ -245,6 +278,19 @@ def settle(module: nn.Module) -> None:
     for sizes that are not multiples of 32, and the stored bits are gone.
     """
     cast(QuantizedLinear, module).support_avx512bf16_for_cpu = False
+
+
+def keep_as_bytes(module: nn.Module) -> None:
+    """View the packed indices of a Linear4bit as bytes, no bit changed; mutates `module`.
+
+    Other tools may store them as floats (`bnb_4bit_quant_storage`, for FSDP): those would be
+    rounded by the first cast to another dtype, and are numbers of nothing.
+    """
+    parameter = module.get_parameter("weight")
+    if parameter.dtype != torch.uint8:
+        parameter.data = parameter.detach().as_subclass(Tensor).view(torch.uint8).reshape(-1, 1)
+    for holder in (module, parameter):
+        vars(holder)["quant_storage"] = torch.uint8
 
 
 def remember_source(module: nn.Module, source: Source) -> None:
@@ -315,6 +361,10 @@ class FourBitWeight:
     def storage(self) -> str:
         """The name of the data type: nf4 (or fp4, in what other tools stored)."""
         return self._stored()[1].quant_type
+
+    def is_nested(self) -> bool:
+        """Whether the scales are quantized too (double quantization)."""
+        return self._stored()[1].nested
 
     def _stored(self) -> tuple[nn.Parameter, QuantState]:
         parameter, state = self._module.get_parameter("weight"), _state_of(self._module)
