@@ -103,7 +103,9 @@ def open_classifier(args: argparse.Namespace, task: ClassifyTask) -> Session:
     ref = args.model or base_of(args.adapter)
     note(f"loading {ref} with {args.adapter}")
     tokenizer = load_tokenizer(ref)
-    model = load_base_model(ref, dtype=args.dtype, device=args.device, head=task.head)
+    model = load_base_model(
+        ref, args.quantize, dtype=args.dtype, device=args.device, head=task.head
+    )
     method = load_saved(model, args.adapter, name=ADAPTER, any_base=args.any_base)
     return Session(ref=ref, model=model, tokenizer=tokenizer, method=method)
 
