@@ -62,6 +62,9 @@ bench-e2e: setup  ## SmolLM2 on the E2E data, base against adapter (needs minute
 bench-latency: setup  ## the paper's Table 1 on this machine's CPU, scaled down (needs minutes)
 	$(BIN)/python benchmarks/latency.py --scale 8
 
+bench-nf4: setup  ## what loading in 4 bits takes at its peak, beside loading dense (needs minutes)
+	$(BIN)/python benchmarks/nf4_memory.py
+
 # DATA: the directory of the data sets; see docs/compare.md.
 bench-glue: setup  ## eight methods on four GLUE tasks (needs an hour): make bench-glue DATA=DIR
 	$(BIN)/python benchmarks/compare_methods.py glue --data $(DATA)

@@ -16,7 +16,7 @@ from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_t
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
 from lorakit.layers.rows import Rows
-from lorakit.weights.nf4 import is_four_bit
+from lorakit.weights.nf4 import is_planned_four_bit
 from lorakit.weights.storage import storage_refusal
 
 V = TypeVar("V")
@@ -282,7 +282,7 @@ def modules_beside(
 
 
 def _refuse_four_bit(pattern: str, name: str, module: nn.Module) -> None:
-    if any(is_four_bit(part) for part in module.modules()):
+    if any(is_planned_four_bit(part) for part in module.modules()):
         raise TargetError(
             "a module with 4-bit weights cannot be trained as a whole",
             where=f"also_train: {pattern!r}",

@@ -10,7 +10,8 @@ from typing import Any
 import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.cli import console
 from lorakit.formatting import format_duration, format_number
-from lorakit.merging.run import CERTIFICATE_NAME, MergeRequest, merge_to_disk
+from lorakit.merging.certificate import CERTIFICATE_NAME
+from lorakit.merging.run import MergeRequest, merge_to_disk
 
 SUMMARY = "fold an adapter into its base, with a certificate"
 

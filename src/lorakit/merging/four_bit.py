@@ -18,23 +18,24 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.identity import require_same_base
 from lorakit.errors import RequestError
-from lorakit.files import write_json
+from lorakit.files import write_json, writing
 from lorakit.math.survival import Survival, overall, survival
 from lorakit.merging.plan import MergePlan, changed_value, stored_names
 from lorakit.merging.probes import Answers, max_abs_difference
 from lorakit.models.checkpoint import copy_companions, weight_files
-from lorakit.models.empty import empty_model
-from lorakit.models.load import load_base_model
-from lorakit.models.nf4 import quantizable, quantization_of
+from lorakit.models.empty import empty_from_config, empty_model
+from lorakit.models.load import load_base_model, load_config
+from lorakit.models.nf4 import quantization_of
+from lorakit.models.quantizable import is_stored_four_bit, products_of, quantizable
 from lorakit.models.resolve import read_config
 from lorakit.models.task_head import ClassificationHead
 from lorakit.progress import track
-from lorakit.weights.nf4 import round_trip
+from lorakit.weights.nf4 import FourBitWeight, is_four_bit, round_trip
 
 _INDEX = "model.safetensors.index.json"
 FORMULA = (
@@ -52,10 +53,10 @@ def write_dequantized(
     *,
     head: ClassificationHead | None = None,
 ) -> None:
-    """Write the checkpoint with its linear layers as NF4 holds them, multiplied out to dense.
+    """Write the checkpoint with its linear layers as 4 bits hold them, multiplied out to dense.
 
     Args:
-        directory: the dense checkpoint.
+        directory: the checkpoint: dense, or stored in 4 bits.
         output: an existing, empty directory.
         passport: of the adapter that was trained beside these weights; None accepts any base.
         head: the adapter's classification head.
@@ -64,8 +65,19 @@ def write_dequantized(
         BaseMismatchError: the passport names another base.
         RequestError: the checkpoint's tensor names are not the model's own.
     """
+    stored = is_stored_four_bit(load_config(directory), directory)
     if passport is not None:
-        require_same_base(load_base_model(directory, "nf4", head=head), passport)
+        quantize = None if stored else "nf4"
+        require_same_base(load_base_model(directory, quantize, head=head), passport)
+    with writing(output):
+        if stored:
+            _write_multiplied_out(directory, output)
+        else:
+            _write_rounded(directory, output)
+
+
+def _write_rounded(directory: Path, output: Path) -> None:
+    """Write a dense checkpoint with its linear layers to NF4 and back, shard by shard."""
     rounded = _quantized_tensors(directory)
     weight_map: dict[str, str] = {}
     for file in track(weight_files(directory), "multiplying out 4 bits"):
@@ -82,6 +94,26 @@ def write_dequantized(
         write_json(output / _INDEX, {"metadata": {}, "weight_map": weight_map})
     copy_companions(directory, output)
     write_json(output / "config.json", read_config(directory))
+
+
+def _write_multiplied_out(directory: Path, output: Path) -> None:
+    """Write a checkpoint that is stored in 4 bits as a dense one, in the dtype it names."""
+    model = load_base_model(directory, dtype="auto", device="cpu")
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        state.update({f"{name}.{leaf}".removeprefix("."): value.detach() for leaf, value in own})
+        if is_four_bit(module):
+            weight = FourBitWeight(module).read().to(model.dtype)
+            transposed = issubclass(vars(module).get("source_cls", nn.Linear), Conv1D)
+            state[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
+    config = load_config(directory)
+    del config.quantization_config
+    dense = empty_from_config(config)
+    dense.load_state_dict(state, strict=False, assign=True)
+    dense.tie_weights()
+    copy_companions(directory, output)
+    dense.save_pretrained(output)
 
 
 def write_requantized(directory: Path, output: Path) -> dict[str, Any]:
@@ -109,6 +141,23 @@ class LayerSurvival:
     share: float
     relative_error: float
     delta_norm: float
+
+
+def require_requantizable(directory: Path) -> None:
+    """Refuse a model whose 4-bit form cannot be read back; reads no weights.
+
+    Raises:
+        RequestError: transformers puts no 4-bit layers in the places of some.
+    """
+    found = products_of(empty_model(directory))
+    if found:
+        raise RequestError(
+            "transformers could not read this model back in 4 bits",
+            where="--requantize",
+            expected="layers of the class nn.Linear or Conv1D",
+            found=f"{found[0]} and {len(found) - 1} more of a class of their own",
+            remedy="leave --requantize out, and load the merged model with quantize='nf4'",
+        )
 
 
 def layer_survivals(plan: MergePlan) -> list[LayerSurvival]:

@@ -100,7 +100,8 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
                 where=f"{location[source]}: {source}",
                 expected=", ".join(sorted(_FLOATS)),
                 found=dtypes[source],
-                remedy="merge into the dense checkpoint of the same model",
+                remedy="merge into the dense checkpoint of the same model, or into these weights "
+                "multiplied out: --onto nf4-dequantized",
             )
         untied = untied or len(group) > 1
         module, override = wanted.get(parameter, (None, None))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import time
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.data.task_facts import saved_task
-from lorakit.errors import AdapterFileError, LorakitError, MergeError, ModelError, RequestError
+from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, write_json, writing
+from lorakit.merging.certificate import (
+    CERTIFICATE_NAME,
+    Proof,
+    make_certificate,
+    require_proved,
+)
 from lorakit.merging.four_bit import (
     layer_survivals,
+    require_requantizable,
     survival_report,
     write_dequantized,
     write_requantized,
@@ -39,13 +46,6 @@ from lorakit.models.load import load_base_model, load_tokenizer
 from lorakit.models.resolve import resolve_model
 from lorakit.models.task_head import ClassificationHead
 from lorakit.weights.nf4 import require_nf4
-
-CERTIFICATE_NAME = "merge.json"
-# The largest logit error that the stored dtype explains, as a share of the largest logit.
-TOLERANCE = {"float64": 1e-5, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-_MIN_EFFECT_LEFT = 0.1
-# Less of the change than this is left after rounding: the merged model is not the adapter's.
-_MIN_SURVIVAL = 0.5
 
 Onto = Literal["dense", "nf4-dequantized"]
 
@@ -100,7 +100,8 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         directory = resolved.path
         if request.onto == "nf4-dequantized":
             directory = _beside(request.output, stack)
-            _write_dequantized(resolved.path, directory, saved, request)
+            made_on = None if request.any_base else saved.passport
+            write_dequantized(resolved.path, directory, made_on, head=_head(saved))
             # The base was checked above; its dequantized weights have another fingerprint.
             request = dataclasses.replace(request, any_base=True)
         # A classifier's head is not in the base's files: its merged form is written as a whole.
@@ -116,8 +117,8 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
             changes = write_shards(plan, dense)
         else:
             dtype = _write_whole(directory, request, dense)
-        certificate = _certificate(proof, _reread(dense, probes, request), changes, plan, dtype)
-        _require(certificate)
+        certificate = make_certificate(proof, _reread(dense, probes, request), changes, plan, dtype)
+        require_proved(certificate)
         if request.requantize and plan is not None:
             certificate |= _requantize(plan, dense, staging, proof, (probes, request))
         certificate |= {
@@ -161,27 +162,23 @@ def _require_four_bit(request: MergeRequest, saved: Saved) -> None:
 
 
 def _require_shards(request: MergeRequest, plan: MergePlan | None) -> None:
-    if request.requantize and plan is None:
+    if not request.requantize:
+        return
+    if plan is None:
         raise RequestError(
             "this checkpoint's tensors have other names than the model's parameters: "
             "what survives in 4 bits cannot be told per layer",
             where="--requantize",
             remedy="leave --requantize out, and load the merged model with quantize='nf4'",
         )
-
-
-def _write_dequantized(directory: Path, output: Path, saved: Saved, request: MergeRequest) -> None:
-    with writing(request.output):
-        write_dequantized(
-            directory, output, None if request.any_base else saved.passport, head=_head(saved)
-        )
+    require_requantizable(plan.directory)
 
 
 def _requantize(
     plan: MergePlan,
     dense: Path,
     staging: Path,
-    proof: _Before,
+    proof: Proof,
     asked: tuple[list[dict[str, Tensor]], MergeRequest],
 ) -> dict[str, Any]:
     """Store the merged model in 4 bits, and measure what that costs."""
@@ -199,16 +196,9 @@ def _reread(directory: Path, probes: list[dict[str, Tensor]], request: MergeRequ
     return answers
 
 
-@dataclass(frozen=True, slots=True)
-class _Before:
-    base: Answers
-    live: Answers
-    merged: Answers
-
-
 def _before(
     directory: Path, tokenizer: PreTrainedTokenizerBase | None, request: MergeRequest
-) -> tuple[_Before, list[dict[str, Tensor]]]:
+) -> tuple[Proof, list[dict[str, Tensor]]]:
     """The base's, the live method's and the in-memory merge's answers, from one loaded model."""
     model, method = _load(directory, request, request.dtype)
     probes = make_probes(model, tokenizer)
@@ -222,7 +212,7 @@ def _before(
             remedy="was it trained? `lorakit inspect` shows its norms",
         )
     _merge(model, method, request)
-    proof = _Before(base, live, ask(model, probes))
+    proof = Proof(base, live, ask(model, probes))
     del model
     gc.collect()
     return proof, probes
@@ -232,7 +222,11 @@ def _load(directory: Path, request: MergeRequest, dtype: str | None) -> tuple[An
     """The base with the method on it."""
     head = _head(read_saved(request.adapter))
     model = load_base_model(directory, dtype=dtype, head=head)
-    method = load_saved(model, request.adapter, name="adapter", any_base=request.any_base)
+    with warnings.catch_warnings():
+        if request.onto == "nf4-dequantized":
+            # Dense by now, and still the numbers that the adapter was trained beside.
+            warnings.filterwarnings("ignore", ".* was trained beside", LorakitWarning)
+        method = load_saved(model, request.adapter, name="adapter", any_base=request.any_base)
     return model, method
 
 
@@ -270,88 +264,6 @@ def _write_whole(directory: Path, request: MergeRequest, staging: Path) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _certificate(
-    proof: _Before,
-    reread: Answers,
-    changes: list[StoredChange],
-    plan: MergePlan | None,
-    dtype: str | None,
-) -> dict[str, Any]:
-    dtype = dtype or max(
-        (c.dtype for c in changes), key=lambda d: TOLERANCE.get(d, 0.0), default="bfloat16"
-    )
-    live = proof.live
-    scale = max(float(t.abs().max()) for t in live.outputs)
-    same = sum(a == b for a, b in zip(live.continuations, reread.continuations, strict=True))
-    return {
-        "max_abs_logit_error": max_abs_difference(live.outputs, reread.outputs),
-        "max_abs_logit_error_in_memory": max_abs_difference(live.outputs, proof.merged.outputs),
-        "tolerance": TOLERANCE[dtype] * max(scale, 1.0),
-        "max_abs_logit": scale,
-        "max_abs_logit_change": max_abs_difference(live.outputs, proof.base.outputs),
-        "max_abs_logit_change_left": max_abs_difference(reread.outputs, proof.base.outputs),
-        "stored_dtype": dtype,
-        "survival": _survival(changes),
-        "num_probes": len(live.outputs),
-        "continuations_equal": same,
-        "num_continuations": len(live.continuations),
-        "layers": _layer_errors(live, reread),
-        "tensors": [dataclasses.asdict(change) for change in changes],
-        "untied": bool(plan and plan.untied),
-        "by_shard": plan is not None,
-    }
-
-
-def _survival(changes: list[StoredChange]) -> float | None:
-    """The share of the whole change that the stored weights keep; None where it is not known."""
-    wanted = sum(c.delta_norm**2 for c in changes)
-    return sum(c.survival * c.delta_norm**2 for c in changes) / wanted if wanted else None
-
-
-def _layer_errors(live: Answers, reread: Answers) -> list[dict[str, Any]]:
-    count = len(live.layers[0]) if live.layers else 0
-    return [
-        {
-            "layer": i,
-            "max_abs_error": max(
-                float((a[i] - b[i]).abs().max())
-                for a, b in zip(live.layers, reread.layers, strict=True)
-            ),
-            "max_abs": max(float(a[i].abs().max()) for a in live.layers),
-        }
-        for i in range(count)
-    ]
-
-
-def _require(certificate: dict[str, Any]) -> None:
-    error, tolerance = certificate["max_abs_logit_error"], certificate["tolerance"]
-    worst = max(certificate["layers"], key=lambda x: x["max_abs_error"], default=None)
-    if not error <= tolerance:
-        raise MergeError(
-            "the merged model does not answer as the live adapter does",
-            expected=f"logits within {tolerance:.3g} ({certificate['stored_dtype']})",
-            found=f"{error:.3g}" + (f", worst after layer {worst['layer']}" if worst else ""),
-            remedy="nothing was written; keep the adapter unmerged, or merge into a wider dtype",
-        )
-    change, left = certificate["max_abs_logit_change"], certificate["max_abs_logit_change_left"]
-    survival = certificate["survival"]
-    if survival is not None and survival < _MIN_SURVIVAL:
-        raise MergeError(
-            "most of the adapter would be lost in the merge",
-            expected=f"at least {_MIN_SURVIVAL:.0%} of the change left after rounding",
-            found=f"{survival:.1%}, stored as {certificate['stored_dtype']}",
-            remedy="keep the adapter unmerged, or merge into a wider dtype",
-        )
-    if left < _MIN_EFFECT_LEFT * change:
-        raise MergeError(
-            "the merged model equals the base: the adapter was lost in the merge",
-            expected=f"logits that differ from the base's by {change:.3g}",
-            found=f"{left:.3g}",
-            remedy=f"the stored {certificate['stored_dtype']} is too coarse for so small a change: "
-            "keep the adapter unmerged, or merge into a wider dtype",
-        )
-
-
 def _base_in_passport(saved: Saved) -> str:
     if saved.base is None:
         raise AdapterFileError(
@@ -378,20 +290,3 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(directory)
     except ModelError:
         return None
-
-
-def read_certificate(directory: Path) -> dict[str, Any] | None:
-    """The certificate in a merged model's directory, or None when there is none.
-
-    Raises:
-        LorakitError: the file is there and is not JSON.
-    """
-    path = directory / CERTIFICATE_NAME
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LorakitError(
-            "the merge certificate is not JSON", where=str(path), found=str(error)
-        ) from error

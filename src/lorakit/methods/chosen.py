@@ -12,11 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.identity import base_facts
+from lorakit.adapters.targets import base_modules
+from lorakit.errors import SpecError
 from lorakit.methods.base import TrainableReport
 from lorakit.methods.files import passport_document, write_method
 from lorakit.methods.in_place import InPlace, each_once
 from lorakit.methods.spec import Spec, spec_to_dict
 from lorakit.methods.state import load_in_place
+from lorakit.weights.nf4 import is_planned_four_bit
 from lorakit.weights.storage import num_params
 
 
@@ -63,12 +66,16 @@ class ChosenParameters(ABC):
         return dict(self._options)
 
     def plan(self, model: nn.Module) -> TrainableReport:
-        """Count what `choose` found."""
-        return self._report(model, self.choose(model))
+        """Count what `choose` found.
+
+        Raises:
+            SpecError: a weight to train is in 4 bits.
+        """
+        return self._report(model, self._choose(model))
 
     def attach(self, model: nn.Module) -> TrainableReport:
         """Freeze all but the chosen parameters."""
-        choice = self.choose(model)
+        choice = self._choose(model)
         report = self._report(model, choice)
         self._base = base_facts(model, choice.left_out)
         self.in_place.start(model, choice.names)
@@ -105,6 +112,21 @@ class ChosenParameters(ABC):
         num_params = sum(value.numel() for value in self.state(model).values())
         facts = {**passport, "base": self._base}
         return passport_document(self.name, self.options(), num_params, facts)
+
+    def _choose(self, model: nn.Module) -> Choice:
+        choice = self.choose(model)
+        modules = base_modules(model)
+        for name in choice.names:
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "weight" and is_planned_four_bit(modules[owner]):
+                raise SpecError(
+                    f"{self.name} trains the base's own weights: 4-bit numbers have no gradient",
+                    where=name,
+                    expected="an adapter beside the 4-bit base (lora), or a dense base",
+                    found="a weight in 4 bits",
+                    remedy="set method to lora, or load the base dense (model.quantize: null)",
+                )
+        return choice
 
     def _report(self, model: nn.Module, choice: Choice) -> TrainableReport:
         chosen = each_once(model, choice.names).values()

@@ -22,6 +22,7 @@ from lorakit.methods.spec import require_choice, require_names
 from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model
 from lorakit.models.resolve import resolve_model
+from lorakit.weights.nf4 import is_planned_four_bit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +74,10 @@ class FullMethod(ChosenParameters):
             TargetError: a name in also_train matches nothing.
         """
         found = base_parameters(model)
+        modules = base_modules(model)
         for name, parameter in found.items():
-            if not parameter.is_floating_point():
+            in_four_bits = is_planned_four_bit(modules[name.rpartition(".")[0]])
+            if not parameter.is_floating_point() and not in_four_bits:
                 raise SpecError(
                     "full fine-tuning needs dense weights: a quantized one has no gradient",
                     where=name,
@@ -82,7 +85,7 @@ class FullMethod(ChosenParameters):
                     found=str(parameter.dtype).removeprefix("torch."),
                     remedy="load the base dense (model.quantize: null), or train lora on it",
                 )
-        beside = modules_beside(self.spec.also_train, base_modules(model))
+        beside = modules_beside(self.spec.also_train, modules)
         return Choice(
             names=tuple(found),
             sites=tuple(each_once(model, found)),

@@ -36,7 +36,8 @@ from lorakit.models.checkpoint import (
     weight_files,
 )
 from lorakit.models.memory import require_memory
-from lorakit.models.nf4 import Nf4OnLoad, finish_four_bit, is_stored_four_bit
+from lorakit.models.nf4 import Nf4OnLoad, finish_four_bit
+from lorakit.models.quantizable import is_stored_four_bit
 from lorakit.models.quiet import quiet_transformers
 from lorakit.models.resolve import ResolvedModel, read_config, resolve_model
 from lorakit.models.task_head import (
@@ -246,7 +247,7 @@ def _weights_of(
         wanted = classifier_class(config)
     reading = _Reading(resolved, wanted, config, headed=head is not None)
     if quantize or is_stored_four_bit(config, resolved.path):
-        model, info = _read_four_bit(reading, torch_dtype, target)
+        model, info = _read_four_bit(reading, quantize, torch_dtype, target)
     else:
         require_memory(resolved.name, estimate_model_bytes(resolved.path, torch_dtype), target)
         model, info = _read(reading, torch_dtype)
@@ -283,12 +284,12 @@ class _Reading:
 
 
 def _read_four_bit(
-    reading: _Reading, dtype: torch.dtype | None, device: torch.device
+    reading: _Reading, quantize: str | None, dtype: torch.dtype | None, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     require_nf4(device)
     name, directory = reading.resolved.name, reading.resolved.path
     dtypes = stored_dtypes(directory)
-    if is_stored_four_bit(reading.config, directory):
+    if is_stored_four_bit(reading.config, directory, quantize):
         require_memory(name, estimate_model_bytes(directory), device)
         stored = reading.config.dtype
         computed = dtype or (stored if isinstance(stored, torch.dtype) else torch.float32)

@@ -7,13 +7,12 @@ weight of a linear layer into NF4 before the next one is read.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -25,8 +24,13 @@ from lorakit.environment import return_freed_memory
 from lorakit.errors import ModelError
 from lorakit.formatting import format_bytes, format_count
 from lorakit.models.memory import require_memory
+from lorakit.models.quantizable import (
+    estimate_nf4_bytes,
+    kept_wide,
+    products_of,
+    quantizable,
+)
 from lorakit.weights.nf4 import (
-    BITS_PER_PARAM,
     FourBitWeight,
     Source,
     bitsandbytes,
@@ -36,9 +40,9 @@ from lorakit.weights.nf4 import (
     remember_source,
     settle,
 )
-from lorakit.weights.storage import num_params
 
 _METHOD = "lorakit_nf4"
+_READS_FOUR_BIT = "Bnb4bitDeserialize"
 _RETURN_EVERY_BYTES = 2_000_000
 
 
@@ -106,62 +110,6 @@ def quantization_of(model: nn.Module) -> Quantization | None:
     )
 
 
-def quantizable(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linear layers that are quantized on load, by name; works on the meta device.
-
-    Left dense: the output head (and what is tied to it), task heads outside the pretrained body,
-    embeddings, norms, convolutions, experts stacked in one tensor, and layers that their
-    architecture keeps in float32.
-    """
-    head = model.get_output_embeddings()
-    body = model.base_model_prefix
-    has_body = bool(body) and hasattr(model, body)
-    shared = _shared_weights(model)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and module is not head
-        and id(module.get_parameter("weight")) not in shared
-        and (not has_body or name.startswith(body + "."))
-        and not _kept_wide(model, name, None)
-    }
-
-
-def estimate_nf4_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """The bytes of the model's weights once its linear layers are in NF4; no weights needed.
-
-    Args:
-        model: on the meta device is enough.
-        dtype: of what stays dense.
-    """
-    num_quantized = sum(m.get_parameter("weight").numel() for m in quantizable(model).values())
-    num_dense = num_params(model) - num_quantized
-    return round(num_quantized * BITS_PER_PARAM / 8) + num_dense * dtype.itemsize
-
-
-def is_stored_four_bit(config: PretrainedConfig, directory: Path) -> bool:
-    """Whether a checkpoint already holds bitsandbytes' 4-bit weights.
-
-    Raises:
-        ModelError: it is quantized in another way.
-    """
-    stored: Any = getattr(config, "quantization_config", None)
-    if stored is None:
-        return False
-    facts: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
-    method = str(facts.get("quant_method", ""))
-    if method == "bitsandbytes" and facts.get("load_in_4bit"):
-        return True
-    raise ModelError(
-        "the checkpoint is quantized in a way that is not supported",
-        where=f"{directory / 'config.json'}, key quantization_config",
-        expected="no quantization, or bitsandbytes' 4 bits",
-        found=f"{method or 'unnamed'}" + (", 8 bits" if facts.get("load_in_8bit") else ""),
-        remedy="take the dense checkpoint of the same model; quantize='nf4' makes 4 bits of it",
-    )
-
-
 def four_bit_config(model: PreTrainedModel) -> BitsAndBytesConfig:
     """What config.json must say so that transformers reads these 4-bit weights back."""
     dense = [
@@ -197,14 +145,22 @@ def finish_four_bit(model: PreTrainedModel, dtype: torch.dtype) -> None:
             packed.add(id(layer.weight))
     for name, parameter in model.named_parameters():
         is_dense = parameter.is_floating_point() and id(parameter) not in packed
-        if is_dense and not _kept_wide(model, name, dtype):
+        if is_dense and not kept_wide(model, name, dtype):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     config = four_bit_config(model)
     model.config.quantization_config = config
     marks = cast(Any, model)
-    marks.hf_quantizer = Bnb4BitHfQuantizer(config, pre_quantized=True)
+    marks.hf_quantizer = _AsStored(config, can_be_read_again=not products_of(model))
     marks.quantization_method = QuantizationMethod.BITS_AND_BYTES
+    # The step that read a stored 4-bit weight has no inverse: `save_pretrained` would stop at it,
+    # and needs none, because the layer hands over what is stored.
+    marks._weight_conversions = [
+        step
+        for step in vars(model).get("_weight_conversions") or ()
+        if not isinstance(step, WeightConverter)
+        or all(type(op).__name__ != _READS_FOUR_BIT for op in step.operations)
+    ]
     marks.is_loaded_in_4bit = True
     # transformers' Trainer refuses what carries this mark, whatever adapter is on it.
     vars(model).pop("is_quantized", None)
@@ -220,6 +176,23 @@ def _require_packed(name: str, layer: nn.Module) -> None:
             remedy="save the model again with the tool that quantized it, or, if its weights are "
             "dense, take quantization_config out of config.json",
         )
+
+
+class _AsStored(Bnb4BitHfQuantizer):
+    """Tells `save_pretrained` how the layers are stored, and whether transformers reads them back.
+
+    Args:
+        config: see `four_bit_config`.
+        can_be_read_again: whether a saved directory can be loaded.
+    """
+
+    def __init__(self, config: BitsAndBytesConfig, *, can_be_read_again: bool) -> None:
+        super().__init__(config, pre_quantized=True)
+        self._can_be_read_again = can_be_read_again
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """False where transformers would not put 4-bit layers in these places."""
+        return self._can_be_read_again
 
 
 class Nf4OnLoad(QuantizationConfigMixin):
@@ -356,21 +329,3 @@ def _in_and_out(module: nn.Module) -> tuple[int, int]:
 def _size(layer: nn.Module) -> int:
     linear = cast(nn.Linear, layer)
     return linear.in_features * linear.out_features
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Parameters that several modules hold."""
-    counts: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
-    return {key for key, count in counts.items() if count > 1}
-
-
-def _kept_wide(model: PreTrainedModel, name: str, dtype: torch.dtype | None) -> bool:
-    """Whether the architecture asks for float32 here (T5's wo), in place of this or any dtype."""
-    names = set(model._keep_in_fp32_modules_strict or ())
-    if dtype != torch.bfloat16:
-        # This list is about the narrow range of float16 alone.
-        names |= set(model._keep_in_fp32_modules or ())
-    return dtype != torch.float32 and any(part in names for part in name.split("."))

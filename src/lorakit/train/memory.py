@@ -14,7 +14,7 @@ from lorakit.errors import MemoryPlanError
 from lorakit.formatting import format_bytes
 from lorakit.methods.base import TrainableReport
 from lorakit.models.load import model_class
-from lorakit.models.nf4 import estimate_nf4_bytes
+from lorakit.models.quantizable import estimate_nf4_bytes
 
 # Per trained parameter: its gradient and AdamW's two moments, in float32 ...
 _OPTIMIZER_BYTES = 12

@@ -24,6 +24,7 @@ from lorakit.errors import (
 from lorakit.formatting import format_bytes, format_share
 from lorakit.methods.base import TrainableReport
 from lorakit.models.load import load_tokenizer, resolve_dtype
+from lorakit.models.quantizable import holds_four_bit, mark_four_bit
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
 from lorakit.train.context import require_context
 from lorakit.train.memory import (
@@ -167,6 +168,7 @@ def prepare(config: TrainConfig) -> Preparation:
     rows = read_rows(config)
     objective = build_objective(config, tokenizer, rows[0])
     base = objective.empty_model()
+    mark_four_bit(base, config.model.quantize)
     beside = objective.beside(base)
     plan = _plan(base, config, beside)
     data = _read(rows, objective)
@@ -180,7 +182,7 @@ def prepare(config: TrainConfig) -> Preparation:
         _largest_batch(data, objective, config.train.batch_size, plan.extra_positions),
         dtype=dtype,
         checkpointing=config.train.gradient_checkpointing,
-        four_bit=config.model.quantize is not None,
+        four_bit=holds_four_bit(base),
     )
     free_bytes = free_memory_bytes(device)
     require_room(memory, free_bytes)

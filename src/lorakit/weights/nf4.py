@@ -27,6 +27,7 @@ EXTRA = "pip install 'lorakit[quant]'"
 BITS_PER_PARAM = 4 + 8 / BLOCK + 32 / (BLOCK * STATISTICS_BLOCK)
 _TAIL = 0.9677083
 _SOURCE = "_lorakit_source"
+_PLANNED = "_lorakit_planned_nf4"
 # Numbers quantized at a time, whole blocks: little memory on a CPU, few launches on a device.
 _PIECE = 4096 * BLOCK
 _PIECE_ON_DEVICE = 64 * _PIECE
@@ -145,6 +146,16 @@ def is_four_bit(module: nn.Module) -> bool:
     """Whether the module is bitsandbytes' Linear4bit; does not import bitsandbytes."""
     library = sys.modules.get("bitsandbytes.nn")
     return library is not None and isinstance(module, library.Linear4bit)
+
+
+def plan_four_bit(module: nn.Module) -> None:
+    """Mark a layer without weights: it will be in 4 bits once it is loaded; mutates `module`."""
+    vars(module)[_PLANNED] = True
+
+
+def is_planned_four_bit(module: nn.Module) -> bool:
+    """Whether the module's weight is in 4 bits, or will be once the marked model is loaded."""
+    return _PLANNED in vars(module) or is_four_bit(module)
 
 
 def four_bit_refusal(module: nn.Module) -> str | None:

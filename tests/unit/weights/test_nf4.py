@@ -12,6 +12,8 @@ from lorakit.errors import ModelError
 from lorakit.weights import nf4
 from lorakit.weights.nf4 import (
     BITS_PER_PARAM,
+    BLOCK,
+    STATISTICS_BLOCK,
     FourBitWeight,
     bitsandbytes,
     four_bit_refusal,
@@ -97,6 +99,36 @@ def test_a_number_costs_4_127_bits() -> None:
     assert (second.numel(), second.dtype) == (weight.numel() // (64 * 256), torch.float32)
     assert state.blocksize == 64
     assert state.state2.blocksize == 256
+
+
+def test_double_quantization_saves_what_the_paper_says() -> None:
+    """Dettmers et al. 2023, section 3: 32/64 = 0.5 bits for scales become 0.127, 0.373 less."""
+    assert BLOCK == 64
+    assert STATISTICS_BLOCK == 256
+    single = 32 / BLOCK
+    double = 8 / BLOCK + 32 / (BLOCK * STATISTICS_BLOCK)
+    assert single == 0.5
+    assert double == pytest.approx(0.127, abs=5e-4)
+    assert single - double == pytest.approx(0.373, abs=5e-4)
+    assert 4 + double == BITS_PER_PARAM
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (97, 63), (40, 256), (1, 8191)])
+def test_piece_by_piece_gives_the_bits_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(nf4, "_PIECE", 1024)
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    packed, state = bitsandbytes().functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    parameter, ours = FourBitWeight(layer_of(weight)).keep()
+    assert parameter.data.equal(packed)
+    assert ours.absmax.equal(state.absmax)
+    assert ours.offset.equal(state.offset)
+    assert ours.state2.absmax.equal(state.state2.absmax)
+    for name in ("shape", "blocksize", "quant_type", "nested", "dtype"):
+        assert getattr(ours, name) == getattr(state, name), name
 
 
 def test_double_quantization_costs_little_beyond_the_first() -> None:
