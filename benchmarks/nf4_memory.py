@@ -67,7 +67,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="peak memory of a 4-bit load")
-    parser.add_argument("--layers", type=int, default=24, help="default: %(default)s")
+    parser.add_argument("--layers", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--hidden", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--shard", default="200MB", help="of the checkpoint; default: %(default)s")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), help="default: all")

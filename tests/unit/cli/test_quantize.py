@@ -25,15 +25,14 @@ BROKEN = {
 }
 # What stands in sitecustomize.py where nothing is installed: the import system finds nothing.
 MISSING = """
-import sys
+from importlib.machinery import PathFinder
 
-class Nothing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "bitsandbytes":
-            raise ModuleNotFoundError("No module named 'bitsandbytes'", name=name)
-        return None
+find = PathFinder.find_spec
 
-sys.meta_path.insert(0, Nothing())
+def find_others(name, path=None, target=None):
+    return None if name.partition(".")[0] == "bitsandbytes" else find(name, path, target)
+
+PathFinder.find_spec = staticmethod(find_others)
 """
 
 
@@ -64,7 +63,7 @@ def test_eval_and_generate_answer_from_4_bits(
     words = ["--max-new-tokens", "4", "--quantize", "nf4"]
     code, result = answer("generate", "1+2", "--adapter", adapter, *words)
     assert code == 0, result
-    code, result = answer("eval", data, "--adapter", adapter, "--metric", "nll", *words)
+    code, result = answer("eval", data, "--adapter", adapter, "--metric", "perplexity", *words)
     assert code == 0, result
     assert not [w for w in recwarn if "trained beside" in str(w.message)]
 
@@ -79,7 +78,7 @@ def test_merge_in_each_way(answer: Any, nf4_run: Path, tmp_path: Path, options: 
     code, result = answer("merge", nf4_run / "adapter", "-o", tmp_path / "merged", *options)
     assert code == 0, result
     assert ("requantized" in result) is ("--requantize" in options)
-    code, result = answer("generate", "1+2", "--model", tmp_path / "merged")
+    code, result = answer("generate", "1", "--model", tmp_path / "merged", "--max-new-tokens", 4)
     assert code == 0, result
 
 
@@ -96,7 +95,7 @@ def test_a_paged_optimizer_is_refused_on_a_cpu(answer: Any, nf4_run: Path, tmp_p
     ("words", "kind", "text"),
     [
         (["model.quantize=int4"], "ConfigError", "nf4"),
-        (["model.quantize=nf4", "method=full", "lora=null"], "SpecError", "no gradient"),
+        (["model.quantize=nf4", "method=full"], "SpecError", "no gradient"),
         (["model.quantize=nf4", "model.dtype=int8"], "", "dtype"),
     ],
 )
@@ -154,6 +153,7 @@ def test_a_machine_without_4_bits_is_told_what_to_install(
     assert "lorakit[quant]" in result["error"]["remedy"]
 
 
+@pytest.mark.slow
 def test_training_and_merging_without_bitsandbytes_leave_nothing_behind(
     data: Path, nf4_run: Path, tmp_path: Path
 ) -> None:
