@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,8 +36,19 @@ def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]
     }
 
 
-def require_same_base(model: nn.Module, passport: Mapping[str, Any]) -> None:
+def require_same_base(
+    model: nn.Module,
+    passport: Mapping[str, Any],
+    *,
+    taken: MutableMapping[tuple[str, ...], Fingerprint] | None = None,
+) -> None:
     """Refuse a model that is not the base in the passport; a passport without one says nothing.
+
+    Args:
+        model: the base.
+        passport: the adapter's.
+        taken: fingerprints of this very model that were taken before, by what they leave out; a
+            new one is added.
 
     Raises:
         BaseMismatchError: other layers, shapes or weights.
@@ -46,7 +57,9 @@ def require_same_base(model: nn.Module, passport: Mapping[str, Any]) -> None:
     if not isinstance(facts, Mapping) or "samples" not in facts:
         return
     made_on = Fingerprint.from_json(facts)
-    here = fingerprint(model, left_out=made_on.left_out)
+    here = (taken or {}).get(made_on.left_out) or fingerprint(model, left_out=made_on.left_out)
+    if taken is not None:
+        taken[made_on.left_out] = here
     difference = made_on.difference(here)
     if difference:
         config: Any = getattr(model, "config", None)

@@ -14,8 +14,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session
+from lorakit.data.endings import end_of_sequence_ids
 from lorakit.errors import RequestError
-from lorakit.evaluate.generate import end_of_sequence_ids
 
 with contextlib.suppress(ImportError):
     # Loading it is enough: input() then has history and line editing.

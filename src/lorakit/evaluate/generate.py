@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.data.sft import stop_token_ids
+from lorakit.data.endings import end_of_sequence_ids
 from lorakit.errors import DataError, LorakitWarning, ModelError
-from lorakit.layers.prefix import num_special_positions
+from lorakit.models.generation import context_length, contiguous_head, own_settings_aside
 from lorakit.models.label_head import evaluating
 from lorakit.progress import progress
 
@@ -87,8 +85,8 @@ def generate_answers(
     with (
         progress(label, len(prompts)) as bar,
         evaluating(model),
-        _own_settings_aside(model),
-        _contiguous_head(model),
+        own_settings_aside(model),
+        contiguous_head(model),
         torch.inference_mode(),
     ):
         for start in range(0, len(order), batch_size):
@@ -116,7 +114,7 @@ def check_prompts(
     Raises:
         DataError: names the first such prompt.
     """
-    context = _context_length(model)
+    context = context_length(model)
     for index, prompt in enumerate(prompts):
         where = origins[index] if origins is not None else f"prompt {index}"
         if not len(prompt):
@@ -136,24 +134,6 @@ def check_prompts(
             )
 
 
-def end_of_sequence_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, ...]:
-    """Every token id that ends an answer: EOS as model and tokenizer name it, the chat marker.
-
-    The chat marker is what the template writes behind an answer, which need not be EOS.
-    """
-    sources: tuple[Any, ...] = (
-        model.generation_config.eos_token_id,
-        model.config.get_text_config().eos_token_id,
-        tokenizer.eos_token_id,
-    )
-    named = set(stop_token_ids(tokenizer))
-    for ids in sources:
-        named.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return tuple(sorted(named))
-
-
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Job:
     if not model.can_generate():
         raise ModelError(
@@ -166,14 +146,8 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Job
     if not isinstance(pad_id, int):
         # Padding is masked, so any id will do; the end of the answer is found from eos_ids.
         pad_id = eos_ids[0] if eos_ids else 0
-    context = None if model.config.is_encoder_decoder else _context_length(model)
+    context = None if model.config.is_encoder_decoder else context_length(model)
     return _Job(model, tokenizer, eos_ids, pad_id, context)
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    # Absent for relative positions (T5) and ALiBi (BLOOM), which have no end.
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if longest is None else longest - num_special_positions(model)
 
 
 def _warn_of_cuts(
@@ -187,45 +161,6 @@ def _warn_of_cuts(
             LorakitWarning,
             stacklevel=3,
         )
-
-
-@contextmanager
-def _own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
-    """The model's generation settings reduced to what its architecture needs, inside the block.
-
-    transformers fills every setting that a caller leaves open from the model's own, so temperature
-    or a repetition penalty would otherwise come back (the former with a warning).
-    """
-    own = model.generation_config
-    plain = GenerationConfig(
-        bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
-        # Part of how BART and mBART write at all: their first token is always the same.
-        forced_bos_token_id=own.forced_bos_token_id,
-    )
-    model.generation_config = plain
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@contextmanager
-def _contiguous_head(model: PreTrainedModel) -> Iterator[None]:
-    """Hand the output head a contiguous input inside the block.
-
-    After the prompt, a model takes the last position of every row: a strided view, for which torch
-    copies the whole head once per row of the batch.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module):
-        yield
-        return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _answer_batch(job: _Job, prompts: list[Sequence[int]], max_new_tokens: int) -> list[Answer]:

@@ -141,7 +141,7 @@ class EmbeddingKind:
         """Why this very module cannot be adapted, or None."""
         if isinstance(base, nn.Embedding) and base.max_norm is not None:
             return "max_norm rewrites the weight during the forward pass"
-        if type(base).forward is not nn.Embedding.forward and _embed_scale(base) is None:
+        if type(base).forward is not nn.Embedding.forward and embedding_scale(base) is None:
             return f"{type(base).__name__}.forward is not a plain look-up"
         return None
 
@@ -163,7 +163,7 @@ class EmbeddingKind:
     def branch(self, base: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Token ids (...) -> (..., width)."""
         y = F.linear(F.embedding(x, A.T), B)
-        scale = _embed_scale(base)
+        scale = embedding_scale(base)
         return y if scale is None else y * scale
 
     def delta(self, A: Tensor, B: Tensor) -> Tensor:
@@ -265,6 +265,6 @@ def _weight_shape(base: nn.Module) -> Shape:
     return tuple(base.get_parameter("weight").shape)
 
 
-def _embed_scale(base: nn.Module) -> Tensor | float | None:
+def embedding_scale(base: nn.Module) -> Tensor | float | None:
     """The factor that scaled word embeddings (Gemma, BART) put on every look-up."""
     return getattr(base, "embed_scale", None)

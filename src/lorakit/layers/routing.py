@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -71,3 +72,97 @@ def row_groups(rows: Sequence[str | None], batch: int, where: str) -> dict[str, 
         if name is not None:
             groups.setdefault(name, []).extend(range(i * block, (i + 1) * block))
     return {name: torch.tensor(indices) for name, indices in groups.items()}
+
+
+class RowSegment(Protocol):
+    """What is added for rows that stand next to each other."""
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Add to the base's output y of layer `name`, in place.
+
+        Args:
+            name: the layer.
+            x: (rows, positions, in), or token ids (rows, positions).
+            y: (rows, positions, out).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedRows:
+    """The entries `start` to `stop` of the batch, and what is added for them."""
+
+    start: int
+    stop: int
+    segment: RowSegment
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRouting:
+    """Which factors belong to which entries of a batch that is served.
+
+    A batch is `len(order)` rows of the same number of positions, and behind them, in a packed batch
+    of one axis, segments of other lengths (the prompts that are being read).
+
+    Attributes:
+        order: the rows' ids, in the order they must stand in.
+        groups: stretches of those rows.
+        segments: stretches behind the rows, in entries of the packed axis.
+        num_entries: entries of the packed axis, or None where the batch has rows alone.
+    """
+
+    order: tuple[str, ...] = ()
+    groups: tuple[GroupedRows, ...] = ()
+    segments: tuple[GroupedRows, ...] = ()
+    num_entries: int | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether every row runs on the base alone."""
+        return not self.groups and not self.segments
+
+    def add(self, name: str, x: Tensor, y: Tensor, *, ids: bool) -> Tensor:
+        """The base's output with each row's change added, in place where its layout allows.
+
+        Args:
+            name: the layer.
+            x: its input, any leading axes that hold the entries in order.
+            y: the base's output for it.
+            ids: x holds token ids.
+
+        Raises:
+            StateError: the layer was not given the batch's entries in their order.
+        """
+        y = y.contiguous()
+        flat_y = y.view(-1, y.shape[-1])
+        flat_x = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])
+        each = self._positions(flat_x.shape[0], name)
+        for part in self.groups:
+            n, entries = part.stop - part.start, slice(part.start * each, part.stop * each)
+            shape = (n, each)
+            part.segment.add(
+                name,
+                flat_x[entries].view(shape if ids else (*shape, -1)),
+                flat_y[entries].view(*shape, -1),
+            )
+        for part in self.segments:
+            entries = slice(part.start, part.stop)
+            part.segment.add(name, flat_x[entries][None], flat_y[entries][None])
+        return y
+
+    def _positions(self, num_entries: int, name: str) -> int:
+        """Positions per row."""
+        packed = self.num_entries is not None
+        if packed and num_entries == self.num_entries:
+            return 1
+        if not packed and self.order and num_entries % len(self.order) == 0:
+            return num_entries // len(self.order)
+        raise StateError(
+            "the layer does not see the batch's rows in their order",
+            where=name,
+            expected=f"{self.num_entries} entries"
+            if packed
+            else f"a multiple of {len(self.order)} entries",
+            found=str(num_entries),
+            remedy="leave the layers of mixture-of-experts blocks out of an adapter's targets",
+        )

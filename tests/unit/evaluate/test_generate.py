@@ -17,8 +17,9 @@ from transformers import (
 import tiny_models
 from lorakit.adapters.attach import attach, use
 from lorakit.adapters.spec import LoraSpec
+from lorakit.data.endings import end_of_sequence_ids
 from lorakit.errors import DataError, LorakitWarning, ModelError
-from lorakit.evaluate.generate import check_prompts, end_of_sequence_ids, generate_answers
+from lorakit.evaluate.generate import check_prompts, generate_answers
 
 VOCAB = 47
 

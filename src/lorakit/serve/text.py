@@ -1,0 +1,88 @@
+"""From tokens to text as it comes: whole characters, and never a part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+_HALF = "�"
+# A token of one byte is the least there is: a character has four, and some tokenizers write a
+# space in front of the first.
+_CONTEXT = 6
+
+
+class TextStream:
+    """Decodes one answer token by token.
+
+    Args:
+        tokenizer: the model's.
+        stop: the answer ends in front of the first of these.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._shown = 0  # tokens whose text was handed out
+        self._pending = ""  # text that may be the beginning of a stop string
+        self.stopped_by: str | None = None
+
+    def push(self, token: int) -> str:
+        """The text that can be shown after this token; may be empty.
+
+        Once a stop string was found, `stopped_by` names it and the text ends in front of it.
+        """
+        self._ids.append(token)
+        text = self._new_text()
+        # Part of a character; a token that is no character at all does not hold back for ever.
+        if text.endswith(_HALF) and len(self._ids) - self._shown < _CONTEXT:
+            return ""
+        self._shown = len(self._ids)
+        return self._without_stops(text)
+
+    def finish(self) -> str:
+        """What was held back, half characters as U+FFFD; only after the last token."""
+        if self.stopped_by is not None:
+            return ""
+        text = self._new_text()
+        self._shown = len(self._ids)
+        found = self._without_stops(text)
+        if self.stopped_by is None:
+            found, self._pending = found + self._pending, ""
+        return found
+
+    def _new_text(self) -> str:
+        """The text of the tokens that were not shown, as it reads behind those before them."""
+        if self._shown == len(self._ids):
+            return ""
+        start = max(0, self._shown - _CONTEXT)
+        before = self._decode(self._ids[start : self._shown])
+        whole = self._decode(self._ids[start:])
+        return whole[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _without_stops(self, text: str) -> str:
+        if not self._stop:
+            return text
+        text = self._pending + text
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if found:
+            place, self.stopped_by = min(found)
+            self._pending = ""
+            return text[:place]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._pending = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How much of the end of `text` is the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

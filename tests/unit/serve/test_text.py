@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from lorakit.serve.text import TextStream
+from serving import byte_tokenizer
+
+TEXT = "Grüße, 世界! 🙂 naïve\tend"
+
+
+def test_bytes_come_out_as_whole_characters() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(TEXT).input_ids
+    assert len(ids) > len(TEXT)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.finish() == TEXT
+    assert not any("�" in piece for piece in pieces)
+    assert "世" in pieces
+
+
+def test_half_a_character_is_held_back_and_shown_at_the_end() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a世").input_ids[:-1]
+    stream = TextStream(tokenizer)
+    assert [stream.push(token) for token in ids] == ["a", "", ""]
+    assert "�" in stream.finish()
+
+
+def test_bytes_that_are_no_character_do_not_hold_back_for_ever() -> None:
+    tokenizer = byte_tokenizer()
+    half = tokenizer("世").input_ids[1]
+    stream = TextStream(tokenizer)
+    shown = "".join(stream.push(token) for token in [half] * 40)
+    assert shown.count("�") >= 20
+
+
+def test_special_tokens_are_not_text() -> None:
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer)
+    ids = [1, *tokenizer("ab").input_ids, 2]
+    assert "".join(stream.push(token) for token in ids) + stream.finish() == "ab"
+
+
+@pytest.mark.parametrize("stop", [("STOP",), ("zzz", "STOP"), ("TOP!", "STOP")])
+def test_text_ends_in_front_of_the_first_stop_string(stop: tuple[str, ...]) -> None:
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, stop)
+    shown = ""
+    for token in tokenizer("one STO two STOP! three").input_ids:
+        shown += stream.push(token)
+        assert "STOP" not in shown
+        if stream.stopped_by:
+            break
+    assert shown + stream.finish() == "one STO two "
+    assert stream.stopped_by == "STOP"
+
+
+def test_what_may_begin_a_stop_string_is_held_back_until_it_cannot() -> None:
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, ("abc",))
+    assert [stream.push(t) for t in tokenizer("xabd").input_ids] == ["x", "", "", "abd"]
+    assert [stream.push(t) for t in tokenizer("ab").input_ids] == ["", ""]
+    assert stream.finish() == "ab"
+    assert stream.stopped_by is None
