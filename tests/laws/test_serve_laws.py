@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 import tiny_models
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import use
 from lorakit.adapters.spec import LoraSpec
 from lorakit.formats.peft import load_adapter
+from lorakit.models.load import load_base_model
 from serving import Reply, ask, assert_same, byte_tokenizer, prompts, running, save_learned
 
 # Architecture -> the specs of its adapters; ranks, alphas and targets differ.
@@ -52,8 +55,6 @@ STATIC = {
 def build(name: str) -> torch.nn.Module:
     if name != "mamba":
         return tiny_models.build(name)
-    from transformers import MambaConfig, MambaForCausalLM
-
     config = MambaConfig(
         vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0
     )
@@ -126,7 +127,7 @@ def test_what_is_served_is_what_the_attached_adapter_computes(name: str, tmp_pat
             for n in [*names, None]
         }
         replies = {n: reply.wait() for n, reply in replies.items()}
-    seen = set()
+    seen: set[float] = set()
     for n in names:
         load_adapter(model, tmp_path / n, name=n)
     for n, reply in replies.items():
@@ -150,8 +151,6 @@ def test_a_composition_is_the_weighted_sum_of_the_changes(tmp_path: Path) -> Non
     weights = {names[0]: 0.6, names[1]: -0.3, names[2]: 0.5}
     with running(model, adapters_dir=tmp_path) as engine:
         reply = ask(engine, prompt, weights, max_tokens=6, logprobs=0, ignore_eos=True).wait()
-    from lorakit.adapters.adapter import Adapter
-
     by_hand = build("llama")
     modules = dict(by_hand.named_modules())
     originals = {n: m.weight.detach().clone() for n, m in modules.items() if hasattr(m, "weight")}
@@ -185,6 +184,43 @@ def test_the_base_beside_adapters_is_the_base(tmp_path: Path) -> None:
         torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
     )[0, 12:].tolist()
     assert after == before, "the model was not given back as it came"
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2"])
+def test_the_law_holds_over_a_four_bit_base(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_models.build(case).save_pretrained(tmp_path / "base")
+    model = load_base_model(tmp_path / "base", "nf4", device="cpu")
+    names = save_all(model, CONTINUOUS[case][:3], tmp_path / "adapters")
+    rows = work(names)
+    alone, together = alone_and_together(model, tmp_path / "adapters", rows)
+    for one, other in zip(alone, together, strict=True):
+        assert_same(one, other)
+    reply = alone[-2]
+    load_adapter(model, tmp_path / "adapters" / "a0", name="a0")
+    ids = torch.tensor([[*rows[-2]["prompt"], *reply.tokens]])
+    with torch.no_grad(), use(model, rows[-2]["adapter"]):
+        own = model(input_ids=ids).logits[0, -len(reply.tokens) - 1 : -1].log_softmax(-1)
+    found = torch.tensor([one.logprob for one in reply.logprobs])
+    expected = own.gather(1, torch.tensor(reply.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_the_law_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Adapters come from memory to the device, and leave it again: two places for five."""
+    model = build(name)
+    specs = {**CONTINUOUS, **STATIC}[name]
+    rows = work(save_all(model, specs, tmp_path))
+    model.to("cuda")  # type: ignore[arg-type]
+    options = {"adapters_dir": tmp_path, "max_adapters_device": 2, "max_batch": 4}
+    with running(model, **options) as engine:
+        alone = [ask(engine, **row).wait() for row in rows]
+        together = [ask(engine, **row) for row in rows]
+        for one, other in zip(alone, together, strict=True):
+            assert_same(one, other.wait(), atol=1e-3)
+        assert engine.stats().adapters_device <= 2
 
 
 @pytest.mark.real

@@ -142,6 +142,8 @@ class Engine:
         self._news.set()
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._end_all(None)
         self.pool.close()
         self._served.unwrap()
 
@@ -260,6 +262,9 @@ class Engine:
             # A defect of the engine itself: nobody may wait for it for ever.
             _log.exception("the engine has stopped")
             failure = _failed_pass(error)
+        self._end_all(failure)
+
+    def _end_all(self, failure: LorakitError | None) -> None:
         with self._lock:
             self._draining = True
             left = list(self._rows.values())
@@ -292,9 +297,11 @@ class Engine:
 
     def _attempt(self, row: Row) -> Outcome:
         """Start a row if there is room and its adapter is there."""
-        if not self._batch.has_place():
-            return "full"
-        if self._reserved + row.reserved_tokens > self.options.max_total_tokens:
+        fits = self._reserved + row.reserved_tokens <= self.options.max_total_tokens
+        if not fits or not self._batch.has_place():
+            if row.wanted is not None:
+                # It is next: its adapter comes from disk while the others go on.
+                self.pool.prepare(row.wanted)
             return "full"
         served = None
         try:

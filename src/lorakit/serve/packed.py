@@ -45,12 +45,14 @@ class _BucketRows:
         bucket: where their keys are.
         entries: (rows,) their entries on the packed axis, or None when they are the first ones in
             this very order.
+        places: (rows,) 0, 1, 2, ...: their places in the bucket.
         positions: (rows,) the position of each row's new token.
         longest: keys of the longest row, the new one included.
     """
 
     bucket: Bucket
     entries: Tensor | None
+    places: Tensor
     positions: Tensor
     longest: int
 
@@ -85,6 +87,7 @@ class PackedStep:
                 _BucketRows(
                     bucket=bucket,
                     entries=None if in_order else torch.tensor(entries, device=self.device),
+                    places=torch.arange(len(entries), device=self.device),
                     positions=torch.tensor(bucket.lengths, device=self.device),
                     longest=max(bucket.lengths) + 1,
                 )
@@ -118,7 +121,8 @@ class PackedStep:
             k, v = piece.cache.append(
                 layer, key[start:stop].transpose(0, 1), value[start:stop].transpose(0, 1)
             )
-            mask = self._prompt_mask(index, how.window, query.dtype)
+            groups = query.shape[1] // k.shape[0]
+            mask = self._prompt_mask(index, how.window, groups, query.dtype)
             out[start:stop] = how.attend_prompt(query[start:stop], k, v, mask)
             start = stop
         return out
@@ -136,9 +140,8 @@ class PackedStep:
             t[:n] if rows.entries is None else t.index_select(0, rows.entries) for t in qkv
         )
         keys, values = rows.bucket.keys[layer], rows.bucket.values[layer]
-        each = torch.arange(n, device=query.device)
-        keys[each, :, rows.positions] = key
-        values[each, :, rows.positions] = value
+        keys[rows.places, :, rows.positions] = key
+        values[rows.places, :, rows.positions] = value
         mask = self._rows_mask(rows, how.window, query.dtype)
         found = how.attend_rows(query, keys[:n, :, :longest], values[:n, :, :longest], mask)
         if rows.entries is None:
@@ -153,13 +156,16 @@ class PackedStep:
             self._masks[slot] = mask[:, None, None]
         return self._masks[slot]
 
-    def _prompt_mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        slot = ("prompt", index, window)
+    def _prompt_mask(
+        self, index: int, window: int | None, groups: int, dtype: torch.dtype
+    ) -> Tensor:
+        """(groups x tokens, keys): the same for every query head of one key/value head."""
+        slot = ("prompt", index, window, groups)
         if slot not in self._masks:
             piece = self.pieces[index]
             stop = piece.cache.length + len(piece.ids)
             queries = torch.arange(piece.cache.length, stop, device=self.device)
-            self._masks[slot] = window_mask(queries, stop, window, dtype)
+            self._masks[slot] = window_mask(queries, stop, window, dtype).repeat(groups, 1)
         return self._masks[slot]
 
 
@@ -187,7 +193,7 @@ class _Scores:
         groups = heads // k.shape[0]
         grouped = q.view(tokens, k.shape[0], groups, width).permute(1, 2, 0, 3)
         flat = grouped.reshape(1, k.shape[0], groups * tokens, width)
-        found = self._attend(flat, k[None], v[None], mask.repeat(groups, 1)[None, None])
+        found = self._attend(flat, k[None], v[None], mask)
         shaped = found.view(k.shape[0], groups, tokens, -1)
         return shaped.permute(2, 0, 1, 3).reshape(tokens, heads, -1)
 

@@ -183,10 +183,18 @@ class AdapterPool:
                 return self._active[key]
             if wanted in self._failed:
                 raise self._failed.pop(wanted)
-            if wanted not in self._loading and self._has_place():
+            self.prepare(wanted)
+            return None
+
+    def prepare(self, wanted: Wanted) -> None:
+        """Have an adapter loaded that will be acquired soon, if there is a place for it."""
+        with self._lock:
+            there = self._keys.get(wanted) in self._active
+            if there or wanted in self._loading or wanted in self._failed:
+                return
+            if self._has_place():
                 self._loading.add(wanted)
                 self._loaders.submit(self._bring, wanted)
-            return None
 
     def release(self, served: ServedAdapter) -> None:
         """The request that held it is finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,19 +78,18 @@ def choose(logits: Tensor, rows: Sequence[RowSampler]) -> list[Chosen | LorakitE
         One choice per row, or why there is none: the row alone fails.
     """
     scores = logits.float()
-    # Minus infinity alone may be meant: a model can rule a token out.
-    broken = (torch.isnan(scores).any(-1) | (scores == float("inf")).any(-1)).tolist()
     allowed = _allowed(scores, rows)
+    # The largest of a row with a NaN is NaN; minus infinity alone may be meant, but not everywhere.
     best = allowed.max(-1)
-    greedy, none_left = best.indices.tolist(), (best.values == float("-inf")).tolist()
+    greedy, largest = best.indices.tolist(), best.values.tolist()
     chosen: list[Chosen | LorakitError] = []
     for i, row in enumerate(rows):
-        if broken[i] or none_left[i]:
+        if not math.isfinite(largest[i]):
             chosen.append(
                 ServeError(
                     "the model gave no probabilities for the next token",
                     expected="finite logits",
-                    found="NaN or infinity" if broken[i] else "every token is ruled out",
+                    found=f"a largest logit of {largest[i]}",
                 )
             )
             continue

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+import tiny_models
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    LorakitError,
+    RequestError,
+    StateError,
+    UnknownAdapterError,
+)
+from lorakit.serve.pool import AdapterPool, Wanted
+from lorakit.serve.request import EngineOptions
+from lorakit.serve.served import ServedAdapter
+from serving import save_learned
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_models.build("llama")
+
+
+@pytest.fixture
+def root(model, tmp_path: Path) -> Path:
+    for i in range(5):
+        save_learned(model, LoraSpec(r=2 + i, alpha=7.5), tmp_path / f"a{i}", seed=i)
+    return tmp_path
+
+
+class Pool(AdapterPool):
+    """A pool that says when something has come."""
+
+    def __init__(self, model, root: Path | None, **options: object) -> None:
+        self.news = Event()
+        made = EngineOptions(adapters_dir=root, **options)  # type: ignore[arg-type]
+        super().__init__(model, CPU, made, on_ready=self.news.set)
+
+    def bring(self, choice: object) -> ServedAdapter:
+        wanted = self.resolve(choice)  # type: ignore[arg-type]
+        assert wanted is not None
+        return self.wait_for(wanted)
+
+    def wait_for(self, wanted: Wanted) -> ServedAdapter:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            self.news.clear()
+            found = self.acquire(wanted)
+            if found is not None:
+                return found
+            self.news.wait(5)
+        raise AssertionError("nothing came")
+
+
+@pytest.fixture
+def pool(model, root: Path):
+    made = Pool(model, root, max_adapters_ram=3)
+    yield made
+    made.close()
+
+
+def test_names_come_from_the_directory_with_their_passports(pool: Pool, root: Path) -> None:
+    (root / "empty").mkdir()
+    infos = pool.list()
+    assert [info.name for info in infos] == [f"a{i}" for i in range(5)]
+    assert [info.r for info in infos] == [2, 3, 4, 5, 6]
+    assert all(info.state == "disk" and info.key is None for info in infos)
+    assert infos[0].passport["base"]["model_type"] == "llama"
+    assert "sites" not in infos[0].passport
+    assert "samples" not in infos[0].passport["base"]
+
+
+def test_an_unknown_name_names_its_neighbours(pool: Pool) -> None:
+    with pytest.raises(UnknownAdapterError) as caught:
+        pool.resolve("a9")
+    assert str(caught.value.found).count("a") == 3
+    for bad in ("../a0", "", "a0/", "/etc"):
+        with pytest.raises(UnknownAdapterError):
+            pool.resolve(bad)
+
+
+def test_the_least_recently_used_goes_first_and_what_is_in_use_stays(pool: Pool) -> None:
+    held = pool.bring("a0")
+    for name in ("a1", "a2", "a3"):
+        pool.release(pool.bring(name))
+    states = {info.name: info.state for info in pool.list()}
+    assert states == {"a0": "ram", "a1": "disk", "a2": "ram", "a3": "ram", "a4": "disk"}
+    assert pool.counts()[0] == 3
+    pool.release(held)
+    pool.release(pool.bring("a4"))
+    assert pool.info("a0").state == "disk"
+
+
+def test_no_adapter_comes_while_every_place_is_in_use(pool: Pool) -> None:
+    held = [pool.bring(f"a{i}") for i in range(3)]
+    wanted = pool.resolve("a3")
+    assert wanted is not None
+    assert pool.acquire(wanted) is None
+    time.sleep(0.1)
+    assert pool.acquire(wanted) is None
+    assert pool.info("a3").state == "disk"
+    pool.release(held[0])
+    assert pool.wait_for(wanted).r > 0
+
+
+def test_a_place_kept_for_a_request_that_has_gone_is_given_back(pool: Pool) -> None:
+    for name in ("a0", "a1", "a2"):
+        wanted = pool.resolve(name)
+        assert wanted is not None
+        pool.news.clear()
+        assert pool.acquire(wanted) is None
+        assert pool.news.wait(10)
+    wanted = pool.resolve("a3")
+    assert wanted is not None
+    assert pool.acquire(wanted) is None, "all three places are kept for those who asked"
+    assert pool.info("a3").state == "disk"
+    pool.settle([wanted])
+    assert pool.wait_for(wanted)
+
+
+def test_a_pinned_adapter_is_never_evicted(pool: Pool) -> None:
+    assert pool.load("a0", pin=True).pinned
+    for name in ("a1", "a2", "a3", "a4"):
+        pool.release(pool.bring(name))
+    assert pool.info("a0").state == "ram"
+    pool.load("a1", pin=True)
+    with pytest.raises(RequestError, match="pinned"):
+        pool.load("a2", pin=True)
+
+
+def test_the_key_is_the_content(pool: Pool, root: Path) -> None:
+    shutil.copytree(root / "a1", root / "copy")
+    one, copy, other = pool.bring("a1"), pool.bring("copy"), pool.bring("a2")
+    assert one is copy
+    assert one.key != other.key
+    pool.release(one)
+    pool.release(copy)
+    pool.release(other)
+
+
+def test_a_name_that_is_loaded_again_means_the_new_content(model, pool: Pool, root: Path) -> None:
+    old = pool.bring("a0")
+    before = pool.resolve("a0")
+    save_learned(model, LoraSpec(r=6, alpha=3.0), root / "a0", seed=99)
+    new = pool.bring("a0")
+    assert new.key != old.key
+    assert new.r == 6
+    assert pool.resolve("a0") != before
+    pool.release(old)
+    pool.release(new)
+    # What the directory held before is meant by nobody: its memory is given back at once.
+    assert pool.counts()[0] == 1
+
+
+def test_load_and_unload(model, root: Path, tmp_path_factory) -> None:
+    elsewhere = save_learned(model, LoraSpec(r=3), tmp_path_factory.mktemp("x") / "y")
+    pool = Pool(model, None)
+    assert pool.list() == []
+    info = pool.load("mine", elsewhere)
+    assert (info.name, info.state, info.r) == ("mine", "ram", 3)
+    assert info.key is not None
+    held = pool.bring("mine")
+    pool.unload("mine")
+    with pytest.raises(UnknownAdapterError):
+        pool.resolve("mine")
+    with pytest.raises(UnknownAdapterError):
+        pool.unload("mine")
+    assert pool.counts()[0] == 1, "a request still holds it"
+    pool.release(held)
+    assert pool.counts()[0] == 0
+    with pytest.raises(RequestError, match="path"):
+        pool.load("mine")
+    with pytest.raises(StateError):
+        pool.load("../mine", elsewhere)
+    pool.close()
+
+
+def test_an_unloaded_name_of_the_directory_can_be_loaded_again(pool: Pool) -> None:
+    pool.unload("a0")
+    assert "a0" not in [info.name for info in pool.list()]
+    pool.load("a0")
+    assert pool.info("a0").state == "ram"
+
+
+def test_nothing_outside_the_directory_is_read(model, pool: Pool, root: Path, tmp_path_factory):
+    outside = save_learned(model, LoraSpec(r=3), tmp_path_factory.mktemp("out") / "secret")
+    (root / "link").symlink_to(outside)
+    (root / "half").mkdir()
+    shutil.copy(root / "a0" / "adapter_config.json", root / "half")
+    (root / "half" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    for path in (outside, root / "link", root / "half", root / ".." / outside.name, root):
+        with pytest.raises((RequestError, AdapterFileError)):
+            pool.load("x", path)
+    with pytest.raises(RequestError, match="outside"):
+        pool.resolve("link")
+    assert pool.info("a0").name == "a0"
+
+
+def corrupt(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def not_finite(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+
+
+def other_shape(path: Path) -> None:
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "r": 9}))
+
+
+def pickled(path: Path) -> None:
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+
+
+@pytest.mark.parametrize("spoil", [corrupt, not_finite, other_shape, pickled])
+def test_a_bad_adapter_is_refused_with_the_reason(pool: Pool, root: Path, spoil) -> None:
+    spoil(root / "a1")
+    with pytest.raises(AdapterFileError) as caught:
+        pool.load("a1")
+    assert caught.value.what
+    with pytest.raises(AdapterFileError):
+        pool.bring("a1")
+    pool.release(pool.bring("a0"))
+
+
+def test_an_adapter_of_another_base_is_refused(pool: Pool, root: Path) -> None:
+    other = tiny_models.build("llama", seed=5)
+    save_learned(other, LoraSpec(r=3), root / "other")
+    with pytest.raises(BaseMismatchError):
+        pool.load("other")
+    allowed = Pool(pool._model, root, any_base=True)
+    assert allowed.load("other").state == "ram"
+    allowed.close()
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"also_train": ("lm_head",)}, "lm_head"),
+        ({"r": 20, "targets": "all-linear"}, "rank"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(model, root: Path, spec: dict, reason: str) -> None:
+    save_learned(model, LoraSpec(**{"r": 3, **spec}), root / "odd")
+    pool = Pool(model, root, max_rank=16)
+    with pytest.raises(AdapterFileError) as caught:
+        pool.load("odd")
+    assert reason in str(caught.value)
+    pool.close()
+
+
+@pytest.mark.parametrize("choice", [{}, {"a0": float("nan")}, {"a0": float("inf")}])
+def test_compositions_that_cannot_be(pool: Pool, choice: dict) -> None:
+    with pytest.raises(RequestError):
+        pool.resolve(choice)
+
+
+def test_a_composition_is_one_more_adapter(pool: Pool) -> None:
+    one = pool.bring({"a0": 0.5, "a1": 0.25})
+    again = pool.bring({"a1": 0.25, "a0": 0.5})
+    other = pool.bring({"a0": 0.5, "a1": 0.5})
+    assert one is again
+    assert one.key != other.key
+    assert one.r == 2 + 3
+
+
+def test_the_directory_of_adapters_must_be_there(model, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="directory"):
+        Pool(model, tmp_path / "nowhere")
+
+
+def test_errors_are_ours(pool: Pool, root: Path) -> None:
+    (root / "a2" / "adapter_config.json").write_text("{")
+    info = pool.info("a2")
+    assert info.problem
+    with pytest.raises(LorakitError):
+        pool.load("a2")
