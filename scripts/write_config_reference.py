@@ -22,6 +22,7 @@ _ABOUT = {
     "model": "`model: NAME` is short for `model: {ref: NAME}`. 4-bit weights are on "
     "[quantization](quantization.md).",
     "data": "What the columns and templates mean is on [train](train.md#data).",
+    "preference": "Read by the tasks `dpo`, `orpo` and `kto`: [preferences](preference.md).",
     "lora": "The fields of `lorakit.LoraSpec`; targets are on [targets](targets.md).",
     **{name: "See [methods](methods.md)." for name in METHODS if name != "lora"},
     "train": "",

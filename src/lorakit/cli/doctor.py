@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         1 if a finding is an error: the run would be refused; else 0.
     """
     config = read_config(args)
-    if config.task == "classify":
-        return _run_classify(config, as_json=args.json)
+    if config.task != "sft":
+        return _run_labelled(config, as_json=args.json)
     try:
         seen = _look(config, prepare(config))
     except LossMaskError as error:
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     return int(any(finding.level == "error" for finding in seen.findings))
 
 
-def _run_classify(config: TrainConfig, *, as_json: bool) -> int:
-    """The same for a task whose rows have labels, not learned tokens."""
+def _run_labelled(config: TrainConfig, *, as_json: bool) -> int:
+    """The same for a task whose rows have labels or preferences, not learned tokens."""
     prepared = prepare(config)
     data, report = prepared.data, prepared.data.train.report
     findings = [Finding(level="warning", text=note) for note in report.notes]
@@ -106,7 +106,7 @@ def _run_classify(config: TrainConfig, *, as_json: bool) -> int:
         console.print_json({**record, "report": report.to_json(), **plan, "findings": found})
         return 0
     facts = {
-        "labels": prepared.objective.line(data.train),
+        "rows": prepared.objective.line(data.train),
         "tokens": f"{report.num_tokens:,}, longest row {report.longest}",
         "optimizer steps": f"{prepared.max_steps:,}",
         "memory": f"{prepared.memory}, {format_bytes(prepared.free_bytes)} free",

@@ -48,7 +48,7 @@ def score_classifier(
         for batch in validation_batches(examples, objective.collate, options["batch_size"])
     )
     with torch.inference_mode():
-        found = objective.bind(model).predict(batches)
+        found = objective.learner(model).predict(batches)
     return {name: _score(name, found, len(objective.targets.names)) for name in wanted}
 
 

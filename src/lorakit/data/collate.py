@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorakit.data.classification import ClassifyExample
 from lorakit.data.encode import IGNORED, Example
+from lorakit.data.preference import Judged
 
 
 class Collator:
@@ -47,6 +48,50 @@ class Collator:
             attention_mask[i, :n] = 1
             labels[i, :n] = torch.tensor(example.labels, dtype=torch.long)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class PreferenceCollator:
+    """Pads the answers of a batch, each behind its prompt, to the longest on the right.
+
+    Args:
+        pad_token_id: the id to fill with; any valid id will do.
+        mismatched: also pair every prompt with the next example's answer, as KTO's estimate of
+            the distance from the reference asks for.
+    """
+
+    def __init__(self, pad_token_id: int, *, mismatched: bool) -> None:
+        self._collator = Collator(pad_token_id)
+        self.mismatched = mismatched
+
+    def __call__(self, examples: Sequence[Judged]) -> dict[str, Tensor]:
+        """The batch.
+
+        Returns:
+            input_ids, attention_mask and labels, each int64 (answers, length), and desirable, bool
+            (answers,). Of pairs all chosen answers come first, then the rejected ones in the same
+            order. With `mismatched`, as many rows again for the mismatched answers.
+        """
+        num_each = len(examples[0].answers)
+        answers = [example.answers[i] for i in range(num_each) for example in examples]
+        rows = [answer.example for answer in answers]
+        if self.mismatched:
+            rows += [_crossed(one, two) for one, two in zip(rows, rows[1:] + rows[:1], strict=True)]
+        batch = self._collator(rows)
+        batch["desirable"] = torch.tensor([answer.desirable for answer in answers])
+        return batch
+
+
+def _crossed(prompt_of: Example, answer_of: Example) -> Example:
+    """The prompt of one example with the answer of another."""
+    start = _answer_start(prompt_of)
+    other = _answer_start(answer_of)
+    ids = prompt_of.input_ids[:start] + answer_of.input_ids[other:]
+    labels = [IGNORED] * start + answer_of.labels[other:]
+    return Example(ids, labels, prompt_of.row)
+
+
+def _answer_start(example: Example) -> int:
+    return next(i for i, label in enumerate(example.labels) if label != IGNORED)
 
 
 class ClassifyCollator:

@@ -148,10 +148,10 @@ def read_content(
     if kind == "prompt-completion":
         return _read_pair(row, options, where)
     if kind == "instruction-output":
-        return _read_alpaca(row, options, where)
+        return read_alpaca(row, options, where)
     column = options.column(kind)
-    messages = _read_messages(row[column], f"{where}, column {column!r}", kind == "conversations")
-    return Dialogue(_with_system(messages, row, options), tools=_tools(row))
+    messages = read_messages(row[column], f"{where}, column {column!r}", kind == "conversations")
+    return Dialogue(with_system(messages, row, options), tools=_tools(row))
 
 
 def answer_of(content: Content) -> str | None:
@@ -169,16 +169,21 @@ def _read_pair(row: Row, options: SftOptions, where: str) -> Content:
     if isinstance(prompt, str):
         answer = None if names[1] not in row else _text(row, names[1], where)
         _text(row, names[0], where)
-        return Pair(prompt, prompt, answer, _system(row, options))
-    messages = _read_messages(prompt, f"{where}, column {names[0]!r}", False)
+        return Pair(prompt, prompt, answer, system_of(row, options))
+    messages = read_messages(prompt, f"{where}, column {names[0]!r}", False)
     answers: list[Message] = []
     if names[1] in row:
-        answers = _read_messages(completion, f"{where}, column {names[1]!r}", False)
-    messages = _with_system(messages, row, options)
+        answers = read_messages(completion, f"{where}, column {names[1]!r}", False)
+    messages = with_system(messages, row, options)
     return Dialogue(messages + answers, first_learned=len(messages), tools=_tools(row))
 
 
-def _read_alpaca(row: Row, options: SftOptions, where: str) -> Pair:
+def read_alpaca(row: Row, options: SftOptions, where: str) -> Pair:
+    """An instruction with its input as a prompt, and its output, if there is one.
+
+    Raises:
+        DataError: a column holds something else than text.
+    """
     instruction = _text(row, options.column("instruction"), where)
     extra = row.get(options.column("input")) or ""
     if extra:
@@ -189,12 +194,17 @@ def _read_alpaca(row: Row, options: SftOptions, where: str) -> Pair:
     if options.column("output") in row:
         answer = _text(row, options.column("output"), where)
     filled = plain.format(instruction=instruction, input=extra)
-    return Pair(prompt, filled, answer, _system(row, options))
+    return Pair(prompt, filled, answer, system_of(row, options))
 
 
-def _read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
+def read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
+    """A list of turns; with `sharegpt`, also as objects with "from" and "value".
+
+    Raises:
+        DataError: it is something else, or empty.
+    """
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
-        raise _wrong(where, "a list of messages", value)
+        raise wrong_kind(where, "a list of messages", value)
     messages = [
         _read_sharegpt(item, f"{where}, message {number}")
         if sharegpt and not (isinstance(item, Mapping) and "role" in item)
@@ -202,47 +212,49 @@ def _read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
         for number, item in enumerate(value, start=1)
     ]
     if not messages:
-        raise _wrong(where, "at least one message", value)
+        raise wrong_kind(where, "at least one message", value)
     return messages
 
 
 def _read_message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise _wrong(where, 'an object with "role" and "content"', item)
+        raise wrong_kind(where, 'an object with "role" and "content"', item)
     role = item.get("role")
     if role not in _MESSAGE_ROLES:
-        raise _wrong(f"{where}, role", f"one of {', '.join(_MESSAGE_ROLES)}", role)
+        raise wrong_kind(f"{where}, role", f"one of {', '.join(_MESSAGE_ROLES)}", role)
     # A Parquet table fills the keys that other messages have with None.
     message = {key: value for key, value in item.items() if value is not None}
     content = message.setdefault("content", None)
     if content is None and "tool_calls" in message:
         return message | {"content": ""}
     if not isinstance(content, str):
-        raise _wrong(f"{where}, content", "text", content)
+        raise wrong_kind(f"{where}, content", "text", content)
     _check_unicode(content, where)
     return message
 
 
 def _read_sharegpt(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping) or "from" not in item or "value" not in item:
-        raise _wrong(where, 'an object with "from" and "value"', item)
+        raise wrong_kind(where, 'an object with "from" and "value"', item)
     role = _SHAREGPT_ROLES.get(str(item["from"]))
     if role is None:
-        raise _wrong(f"{where}, from", f"one of {', '.join(_SHAREGPT_ROLES)}", item["from"])
+        raise wrong_kind(f"{where}, from", f"one of {', '.join(_SHAREGPT_ROLES)}", item["from"])
     if not isinstance(item["value"], str):
-        raise _wrong(f"{where}, value", "text", item["value"])
+        raise wrong_kind(f"{where}, value", "text", item["value"])
     _check_unicode(item["value"], where)
     return {"role": role, "content": item["value"]}
 
 
-def _with_system(messages: list[Message], row: Row, options: SftOptions) -> list[Message]:
-    system = _system(row, options)
+def with_system(messages: list[Message], row: Row, options: SftOptions) -> list[Message]:
+    """The turns behind the row's own system prompt, or the options'; one that is there stays."""
+    system = system_of(row, options)
     if system is None or messages[0]["role"] in ("system", "developer"):
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def _system(row: Row, options: SftOptions) -> str | None:
+def system_of(row: Row, options: SftOptions) -> str | None:
+    """The row's own system prompt, or the options'."""
     own = row.get(options.column("system"))
     return own if isinstance(own, str) and own else options.system
 
@@ -255,7 +267,7 @@ def _tools(row: Row) -> list[Any] | None:
 def _text(row: Row, column: str, where: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise _wrong(f"{where}, column {column!r}", "text", value)
+        raise wrong_kind(f"{where}, column {column!r}", "text", value)
     _check_unicode(value, f"{where}, column {column!r}")
     return value
 
@@ -273,7 +285,8 @@ def _check_unicode(text: str, where: str) -> None:
         ) from error
 
 
-def _wrong(where: str, expected: str, found: Any) -> DataError:
+def wrong_kind(where: str, expected: str, found: Any) -> DataError:
+    """The error of a value that is not what its column asks for."""
     described = repr(found)
     return DataError(
         "a value of the wrong kind",

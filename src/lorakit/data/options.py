@@ -19,9 +19,9 @@ SFT_ROLES = (
     "text",
     "system",
 )
-# Of task classify; a config checks that its task has the role.
-_CLASSIFY_ROLES = ("text_pair", "label")
-ROLES = (*SFT_ROLES, *_CLASSIFY_ROLES)
+# Of other tasks; a config checks that its task has the role.
+PREFERENCE_ROLES = (*(role for role in SFT_ROLES if role != "text"), "chosen", "rejected", "label")
+ROLES = tuple(dict.fromkeys((*SFT_ROLES, "text_pair", "label", *PREFERENCE_ROLES)))
 
 
 def _help(text: str) -> dict[str, str]:
@@ -40,7 +40,8 @@ class SftOptions:
         default_factory=dict[str, str],
         metadata=_help(
             "which of your columns plays which role, as in {prompt: question, completion: answer}; "
-            f"roles: {', '.join(SFT_ROLES)}; for task classify text, text_pair, label"
+            f"roles: {', '.join(SFT_ROLES)}; for task classify text, text_pair, label; "
+            "for preferences also chosen, rejected, label"
         ),
     )
     template: Literal["auto", "chat", "none"] = field(

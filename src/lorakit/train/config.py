@@ -17,8 +17,10 @@ from lorakit.train import schema
 from lorakit.train.data_section import DataSection, require
 from lorakit.train.method_sections import MethodSections
 from lorakit.train.overrides import apply_overrides
+from lorakit.train.preference_section import PREFERENCE_TASKS, PreferenceSection
 from lorakit.train.yaml import dump, read_mapping
 
+Task = Literal["sft", "classify", "dpo", "orpo", "kto"]
 Precision = Literal["auto", "fp32", "bf16"]
 Schedule = Literal["linear", "cosine", "constant"]
 BestMetric = Literal[
@@ -31,6 +33,8 @@ BestMetric = Literal[
     "pearson",
     "spearman",
     "pearson_spearman",
+    "reward_accuracy",
+    "reward_margin",
 ]
 
 DEFAULT_EPOCHS = 3.0
@@ -161,8 +165,9 @@ class TrainSection:
     best_metric: BestMetric | None = field(
         default=None,
         metadata=_help(
-            "what makes a validation the best: loss (the lowest), or a metric of task classify "
-            "(the highest); null: loss for sft, accuracy for classes, pearson for numbers"
+            "what makes a validation the best: loss (the lowest), or a metric of the task (the "
+            "highest); null: loss for sft and preferences, accuracy for classes, pearson for "
+            "numbers"
         ),
     )
     early_stopping_patience: int | None = field(
@@ -235,12 +240,15 @@ class TrainConfig(MethodSections):
     model: ModelSection = field(metadata=_help("the base model"))
     data: DataSection = field(metadata=_help("the rows"))
     output: str = field(metadata=_help("directory of the run; must not exist, or be empty"))
-    task: Literal["sft", "classify"] = field(
+    task: Task = field(
         default="sft",
         metadata=_help(
             "what is learned: sft, to continue a prompt as the rows do; classify, a label of a "
-            "sentence or a pair"
+            "sentence or a pair; dpo, orpo, kto, which of two answers is preferred"
         ),
+    )
+    preference: PreferenceSection = field(
+        default_factory=PreferenceSection, metadata=_help("tasks dpo, orpo and kto")
     )
     train: TrainSection = field(default_factory=TrainSection, metadata=_help("how to train"))
     seed: int = field(default=42, metadata=_help("of every random choice of the run"))
@@ -250,6 +258,9 @@ class TrainConfig(MethodSections):
         require(0 <= self.seed < 2**32, "seed", "0 <= seed < 2**32", self.seed)
         super().__post_init__()
         self.data.check_task(self.task)
+        self.preference.check_task(self.task, self.train.label_smoothing)
+        if self.task == "kto":
+            require(self.train.batch_size > 1, "train.batch_size", "> 1 for task kto", 1)
         self._check_lora_plus()
         self._check_combinations()
 
@@ -333,7 +344,8 @@ class TrainConfig(MethodSections):
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` reads them back. Sections of other methods are left out."""
         values = schema.plain(self)
-        return {name: values[name] for name in _ORDER} | {self.method: values[self.method]}
+        order = _ORDER + (("preference",) if self.task in PREFERENCE_TASKS else ())
+        return {name: values[name] for name in order} | {self.method: values[self.method]}
 
     def to_yaml(self) -> str:
         """YAML text that `from_yaml` reads back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lorakit.data.classify_options import CLASSIFY_ROLES, ClassifyOptions
-from lorakit.data.options import SFT_ROLES, SftOptions
+from lorakit.data.options import PREFERENCE_ROLES, SFT_ROLES, SftOptions
 from lorakit.data.targets import LabelKind
 from lorakit.errors import ConfigError
 
@@ -19,6 +19,10 @@ _SFT_KEYS: dict[str, object] = {
     "add_eos": True,
 }
 _CLASSIFY_KEYS: dict[str, object] = {"labels": "auto", "classes": ()}
+# An answer is learned as one, and nothing else of the row is.
+_PREFERENCE_FOREIGN = {**_CLASSIFY_KEYS, "completion_only": True, "last_turn_only": False}
+_FOREIGN = {"sft": _CLASSIFY_KEYS, "classify": _SFT_KEYS}
+_ROLES = {"sft": SFT_ROLES, "classify": CLASSIFY_ROLES}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -97,8 +101,8 @@ class DataSection(SftOptions):
         Raises:
             ConfigError: a key of another task is set.
         """
-        roles = CLASSIFY_ROLES if task == "classify" else SFT_ROLES
-        foreign = _SFT_KEYS if task == "classify" else _CLASSIFY_KEYS
+        roles = _ROLES.get(task, PREFERENCE_ROLES)
+        foreign = _FOREIGN.get(task, _PREFERENCE_FOREIGN)
         for name, default in foreign.items():
             value = self.__dict__[name]
             if value != default:

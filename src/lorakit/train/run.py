@@ -319,6 +319,7 @@ class _Run:
             checkpoints=self.store,
             identity=self.identity,
             saves_method=not self.prepared.trains_all,
+            fresh=self.start is None,
         )
         max_steps = self.prepared.max_steps
         steps = StepOptions(

@@ -60,6 +60,7 @@ class TrainerParts:
         identity: what a checkpoint says about its run; see `Checkpoint`.
         saves_method: whether a checkpoint also holds the method's own directory; a whole model is
             not written twice.
+        fresh: whether training begins, and does not go on from a checkpoint.
     """
 
     objective: Objective
@@ -73,6 +74,7 @@ class TrainerParts:
     checkpoints: CheckpointStore
     identity: dict[str, Any]
     saves_method: bool = True
+    fresh: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ class AdapterTrainer(Trainer):
         self.options = options
         self.run_state = RunState()
         self.adapter_model = model
-        self.learner = parts.objective.bind(model)
+        self.learner = parts.objective.bind(model, parts.method, fresh=parts.fresh)
         # Our loss divides by the labels, or rows, of all accumulated batches itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.data.rows import Rows
+from lorakit.methods.base import Method
 
 Inputs = dict[str, Any]
 LOSS = "loss"
@@ -101,7 +102,12 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that validation computes beside the loss; the usual one first."""
+        """The metrics that validation computes beside the loss."""
+        ...
+
+    @property
+    def best(self) -> str:
+        """What chooses the best validation unless the config says: "loss", or a metric."""
         ...
 
     @property
@@ -153,6 +159,12 @@ class Objective(Protocol):
         """What the passport says of the task."""
         ...
 
-    def bind(self, model: PreTrainedModel) -> Learner:
-        """The objective on this model."""
+    def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> Learner:
+        """The objective on this model.
+
+        Args:
+            model: with the method attached.
+            method: what is trained of it.
+            fresh: whether training begins here, and does not go on from a checkpoint.
+        """
         ...

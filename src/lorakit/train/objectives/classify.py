@@ -18,6 +18,7 @@ from lorakit.data.rows import Rows
 from lorakit.data.targets import Targets
 from lorakit.errors import ConfigError
 from lorakit.math.task_metrics import metrics_for, score_all
+from lorakit.methods.base import Method
 from lorakit.models.classify import Classifier
 from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config
@@ -49,6 +50,7 @@ class ClassifyObjective:
         self._columns = find_columns(rows, self._options)
         self.targets: Targets = targets_of(rows, self._options)
         self.metrics = metrics_for(len(self.targets.names))
+        self.best = self.metrics[0]
         self.head = ClassificationHead(
             names=self.targets.names,
             pad_token_id=padding_id(self._base, tokenizer),
@@ -129,8 +131,12 @@ class ClassifyObjective:
             }
         }
 
-    def bind(self, model: PreTrainedModel) -> ClassifyLearner:
+    def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> ClassifyLearner:
         """The loss on this model."""
+        return self.learner(model)
+
+    def learner(self, model: PreTrainedModel) -> ClassifyLearner:
+        """The loss and the predictions of this model."""
         return ClassifyLearner(model, self.targets)
 
 

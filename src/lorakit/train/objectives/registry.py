@@ -9,7 +9,9 @@ from lorakit.errors import ConfigError
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, Objective
 from lorakit.train.objectives.classify import ClassifyObjective
+from lorakit.train.objectives.preference import PreferenceObjective
 from lorakit.train.objectives.sft import SftObjective
+from lorakit.train.preference_section import PREFERENCE_TASKS
 
 
 def build_objective(
@@ -29,6 +31,8 @@ def build_objective(
     objective: Objective = SftObjective(config, tokenizer)
     if config.task == "classify":
         objective = ClassifyObjective(config, tokenizer, rows)
+    elif config.task in PREFERENCE_TASKS:
+        objective = PreferenceObjective(config, tokenizer)
     wanted = config.train.best_metric
     if wanted not in (None, LOSS, *objective.metrics):
         raise ConfigError(
@@ -42,4 +46,4 @@ def build_objective(
 
 def best_metric(config: TrainConfig, objective: Objective) -> str:
     """What chooses the best checkpoint: the config's metric, else the task's usual one."""
-    return config.train.best_metric or (*objective.metrics, LOSS)[0]
+    return config.train.best_metric or objective.best

@@ -14,13 +14,14 @@ from lorakit.data.collate import Collator
 from lorakit.data.encode import IGNORED
 from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
+from lorakit.methods.base import Method
 from lorakit.models.attention import GROUPED, use_attention
 from lorakit.models.label_head import LabelHead, require_head
 from lorakit.models.load import load_base_model, load_config
 from lorakit.models.packing import can_pack
 from lorakit.train.config import TrainConfig
 from lorakit.train.memory import empty_model
-from lorakit.train.objectives.base import ExampleSet, Inputs, Validated
+from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
 
 
 class SftObjective:
@@ -32,6 +33,7 @@ class SftObjective:
     """
 
     metrics: tuple[str, ...] = ()
+    best = LOSS
     unit = "tokens"
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -84,7 +86,7 @@ class SftObjective:
         """Nothing: an adapter without a task answers."""
         return {}
 
-    def bind(self, model: PreTrainedModel) -> SftLearner:
+    def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> SftLearner:
         """The loss on this model."""
         return SftLearner(model)
 

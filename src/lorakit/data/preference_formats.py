@@ -1,0 +1,153 @@
+"""The shapes that preferences come in: pairs of answers, and answers with a verdict.
+
+A prompt is a text, turns, or an instruction; an answer is a text, a turn, or turns. Where there is
+no prompt column, `chosen` and `rejected` are whole conversations, and the turns that both begin
+with are the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorakit.data.formats import (
+    Content,
+    Dialogue,
+    Message,
+    Pair,
+    detect_format,
+    read_alpaca,
+    read_content,
+    read_messages,
+    system_of,
+    with_system,
+    wrong_kind,
+)
+from lorakit.data.options import SftOptions
+from lorakit.data.rows import Row
+from lorakit.errors import DataError
+
+CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
+_PROMPTS = ("prompt", "messages", "conversations", "instruction")
+
+
+def has_pairs(row: Row, options: SftOptions) -> bool:
+    """Whether rows like this one have a chosen and a rejected answer."""
+    return options.column(CHOSEN) in row and options.column(REJECTED) in row
+
+
+def read_pair(row: Row, options: SftOptions, where: str) -> tuple[Content, Content]:
+    """A row's prompt with its chosen and with its rejected answer.
+
+    Raises:
+        DataError: a column is missing or holds something else than it should.
+    """
+    for role in (CHOSEN, REJECTED):
+        if options.column(role) not in row:
+            raise _missing(row, options.column(role), where)
+    chosen, rejected = row[options.column(CHOSEN)], row[options.column(REJECTED)]
+    prompt = next((role for role in _PROMPTS if options.column(role) in row), None)
+    if prompt is None:
+        return _implicit_prompt(row, options, where)
+    read = _read_prompt(row, prompt, options, where)
+    return (
+        _answered(read, chosen, row, options, f"{where}, column {options.column(CHOSEN)!r}"),
+        _answered(read, rejected, row, options, f"{where}, column {options.column(REJECTED)!r}"),
+    )
+
+
+def read_single(row: Row, options: SftOptions, where: str) -> Content:
+    """A row's prompt with its answer, in any format of supervised fine-tuning but plain text.
+
+    Raises:
+        DataError: the row fits no format, or is plain text.
+    """
+    kind = detect_format(list(row), options, where=where)
+    if kind == "text":
+        raise wrong_kind(where, "a prompt and an answer", "plain text")
+    return read_content(row, kind, options, where=where)
+
+
+def read_verdict(row: Row, options: SftOptions, where: str) -> bool:
+    """Whether a row's answer is desirable: true or false, or 1 or 0.
+
+    Raises:
+        DataError: it says neither.
+    """
+    column = options.column(LABEL)
+    if column not in row:
+        raise _missing(row, column, where)
+    value = row[column]
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    raise wrong_kind(f"{where}, column {column!r}", "true or false", value)
+
+
+def _read_prompt(row: Row, role: str, options: SftOptions, where: str) -> Pair | list[Message]:
+    column = options.column(role)
+    value = row[column]
+    if role == "instruction":
+        return replace(read_alpaca(row, options, where), completion=None)
+    if role == "prompt" and isinstance(value, str):
+        return Pair(value, value, None, system_of(row, options))
+    messages = read_messages(value, f"{where}, column {column!r}", True)
+    return with_system(messages, row, options)
+
+
+def _answered(
+    prompt: Pair | list[Message], answer: Any, row: Row, options: SftOptions, where: str
+) -> Content:
+    if isinstance(prompt, Pair):
+        if isinstance(answer, str):
+            return replace(prompt, completion=answer)
+        turns = _turns(answer, where)
+        if len(turns) > 1:  # the whole conversation, prompt included
+            return Dialogue(with_system(turns, row, options))
+        first: Message = {"role": "user", "content": prompt.prompt}
+        return Dialogue(with_system([first, *turns], row, options))
+    return Dialogue([*prompt, *_turns(answer, where)], first_learned=len(prompt))
+
+
+def _implicit_prompt(row: Row, options: SftOptions, where: str) -> tuple[Content, Content]:
+    conversations: list[list[Message]] = []
+    for role in (CHOSEN, REJECTED):
+        column = options.column(role)
+        if isinstance(row[column], str):
+            raise DataError(
+                "answers without a prompt",
+                where=where,
+                expected=f"a column {', '.join(map(options.column, _PROMPTS))}, or whole "
+                f"conversations in {options.column(CHOSEN)!r} and {options.column(REJECTED)!r}",
+                found=f"columns: {', '.join(row)}",
+                remedy="name your prompt's column: columns: {prompt: ...}",
+            )
+        conversations.append(_turns(row[column], f"{where}, column {column!r}"))
+    chosen, rejected = (with_system(turns, row, options) for turns in conversations)
+    shared = 0
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    return Dialogue(chosen, first_learned=shared), Dialogue(rejected, first_learned=shared)
+
+
+def _turns(answer: Any, where: str) -> list[Message]:
+    """An answer as turns that end with the assistant's."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    items = [answer] if isinstance(answer, Mapping) else answer
+    turns = read_messages(items, where, True)
+    if turns[-1]["role"] != "assistant":
+        raise wrong_kind(where, "an answer: an assistant's turn at the end", turns[-1]["role"])
+    return turns
+
+
+def _missing(row: Row, column: str, where: str) -> DataError:
+    return DataError(
+        f"a row without the column {column!r}",
+        where=where,
+        expected=f"the column {column!r}",
+        found=f"columns: {', '.join(row) or 'none'}",
+        remedy="repair or remove this row, or name your columns: columns: {...}",
+    )
