@@ -108,7 +108,7 @@ def _write_multiplied_out(directory: Path, output: Path) -> None:
             transposed = issubclass(vars(module).get("source_cls", nn.Linear), Conv1D)
             state[f"{name}.weight"] = weight.T.contiguous() if transposed else weight
     config = load_config(directory)
-    del config.quantization_config
+    delattr(config, "quantization_config")
     dense = empty_from_config(config)
     dense.load_state_dict(state, strict=False, assign=True)
     dense.tie_weights()

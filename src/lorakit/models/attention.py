@@ -91,8 +91,11 @@ def grouped_attention(
             remedy="set model.attention to eager, or leave it out",
         )
     if packing is not None:
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         mixed = packed_attention(
-            *(states[0].transpose(0, 1) for states in (query, key, value)),
+            q,
+            k,
+            v,
             packing,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=softcap,
