@@ -28,6 +28,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),
     "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
     "compare": ("lorakit.cli.compare", "compare methods on one task under one budget"),
+    "export": ("lorakit.cli.export", "write an adapter for another engine, print its command"),
+    "serve": ("lorakit.cli.serve", "serve many adapters over one base, behind OpenAI's interface"),
     "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),
     "analyze": ("lorakit.cli.analyze", "see what an adapter has learned, or two have in common"),
     "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),

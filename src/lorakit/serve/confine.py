@@ -1,0 +1,56 @@
+"""Paths that come over the network lead into the directory of adapters, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorakit.errors import AdapterFileError
+from lorakit.formats.passport import PASSPORT_NAME
+from lorakit.formats.peft import TENSORS_NAME
+from lorakit.formats.peft_config import CONFIG_NAME
+
+_READ = (CONFIG_NAME, TENSORS_NAME, PASSPORT_NAME)
+
+
+def adapter_inside(root: Path | None, path: str) -> Path:
+    """The real directory of an adapter that a request names relative to the adapters' directory.
+
+    Args:
+        root: the adapters' directory; None where the server has none.
+        path: as it came in the request.
+
+    Returns:
+        A directory inside `root`, links followed, with safetensors in it; every file that will be
+        read lies inside `root` too.
+
+    Raises:
+        AdapterFileError: it is absolute, holds `..`, leads out by a link, or holds no adapter.
+    """
+    if root is None:
+        raise AdapterFileError(
+            "this server has no directory of adapters", remedy="start it with --adapters DIR"
+        )
+    if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise _outside()
+    real_root = root.resolve()
+    directory = (real_root / path).resolve()
+    places = [directory, *((directory / name).resolve() for name in _READ)]
+    if directory == real_root or not all(place.is_relative_to(real_root) for place in places):
+        raise _outside()
+    if not (directory / CONFIG_NAME).is_file():
+        raise AdapterFileError(
+            "there is no adapter here", expected=f"a directory with {CONFIG_NAME}", found=path[:200]
+        )
+    if not (directory / TENSORS_NAME).is_file():
+        raise AdapterFileError(
+            f"the adapter has no {TENSORS_NAME}",
+            expected="safetensors: a pickle can run code when it is opened",
+        )
+    return directory
+
+
+def _outside() -> AdapterFileError:
+    return AdapterFileError(
+        "the path leads out of the directory of adapters",
+        expected="a path relative to --adapters DIR, without .. and without links out of it",
+    )
