@@ -96,6 +96,22 @@ def test_one_prompt_goes_to_several_adapters(page: Page, url: str) -> None:
     assert coloured.evaluate(f"element => {shade}") == "rgba(0, 0, 0, 0)"
 
 
+def test_a_system_turn_of_one_s_own(page: Page, url: str) -> None:
+    choose(page, "chat")
+    page.locator("#max-tokens").fill("12")
+    page.get_by_label("system turn").fill("Be brief.")
+    page.locator("#prompt").fill("How many?")
+    page.get_by_role("button", name="Send").click()
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+    body = {"model": "chat", "messages": turns, "max_tokens": 12, "temperature": 0}
+    asked = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json()
+    expect(page.locator("#stop")).to_be_hidden(timeout=20_000)
+    text = card(page, "chat").locator(".text").text_content()
+    assert text == asked["choices"][0]["message"]["content"]
+    page.locator("#mode").select_option("plain text")
+    expect(page.get_by_label("system turn")).to_be_hidden()
+
+
 def test_plain_text_and_a_refusal(page: Page) -> None:
     choose(page, "sql", "broken")
     page.locator("#mode").select_option("plain text")

@@ -310,7 +310,8 @@ function bodyFor(name, prompt) {
     ...(seed === "" ? {} : { seed: Number(seed) }),
   };
   if (id("mode").value === "text") return ["/v1/completions", { ...common, prompt, logprobs: 3 }];
-  const messages = [{ role: "user", content: prompt }];
+  const system = id("system").value;
+  const messages = [...(system ? [{ role: "system", content: system }] : []), { role: "user", content: prompt }];
   return ["/v1/chat/completions", { ...common, messages, logprobs: true, top_logprobs: 3 }];
 }
 
@@ -386,6 +387,9 @@ id("ask").addEventListener("submit", (event) => {
 });
 id("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask();
+});
+id("mode").addEventListener("change", () => {
+  id("system").hidden = id("mode").value === "text";
 });
 id("stop").addEventListener("click", () => state.abort?.abort());
 id("filter").addEventListener("input", showAdapters);
