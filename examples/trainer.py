@@ -38,7 +38,7 @@ def main() -> None:
             per_device_train_batch_size=8,
             learning_rate=2e-2,
             logging_steps=5,
-            save_strategy="no",  # Trainer would write the whole model; save the adapter instead
+            save_steps=10,  # checkpoints hold the adapter, not the base
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
@@ -48,6 +48,10 @@ def main() -> None:
         losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         assert losses[-1] < losses[0]
+        # What a run that was stopped after ten steps goes on from: same base, same spec.
+        checkpoint = Path(directory) / "checkpoint-10"
+        print("in a checkpoint:", ", ".join(sorted(p.name for p in checkpoint.glob("adapter*"))))
+        trainer.train(resume_from_checkpoint=str(checkpoint))
         adapter = lk.save_adapter(model, Path(directory) / "adapter", name="task")
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, frozen)
     print(f"saved {adapter.num_params():,} parameters; the base is unchanged")

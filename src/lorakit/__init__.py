@@ -19,9 +19,10 @@ _EXPORTS = {
     "LorakitError": "lorakit.errors",
     "Site": "lorakit.adapters.plan",
     "active_adapter": "lorakit.adapters.attach",
-    "attach": "lorakit.adapters.attach",
+    "attach": "lorakit.formats.peft",
     "detach": "lorakit.adapters.attach",
     "fingerprint": "lorakit.adapters.fingerprint",
+    "initialise_from_data": "lorakit.adapters.data_init",
     "load_adapter": "lorakit.formats.peft",
     "load_model": "lorakit.models.load",
     "merge": "lorakit.adapters.fold",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.attach import attach as attach
     from lorakit.adapters.attach import detach as detach
     from lorakit.adapters.attach import use as use
+    from lorakit.adapters.data_init import initialise_from_data as initialise_from_data
     from lorakit.adapters.fingerprint import fingerprint as fingerprint
     from lorakit.adapters.fold import merge as merge
     from lorakit.adapters.fold import unmerge as unmerge

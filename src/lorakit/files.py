@@ -105,6 +105,37 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def files_into(directory: str | Path) -> Iterator[Path]:
+    """A temporary place; what the block puts below it in one folder goes into `directory`.
+
+    Other files there stay; a file of the same name is replaced. Each is whole or as it was before,
+    and none is moved if the block fails.
+
+    Args:
+        directory: made where it does not exist.
+
+    Raises:
+        OutputError: it is a file, or the disk refuses.
+    """
+    directory = Path(directory)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=directory))
+    try:
+        with writing(directory):
+            yield staging
+            _flush(staging)
+            for file in sorted(staging.rglob("*")):
+                if file.is_file():
+                    # Behind the folder that the block made.
+                    target = directory.joinpath(*file.relative_to(staging).parts[1:])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _swap(staging: Path, path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         # No portable call exchanges two directories: keep the old one until the new is in.

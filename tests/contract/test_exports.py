@@ -23,6 +23,7 @@ PUBLIC = [
     "attach",
     "detach",
     "fingerprint",
+    "initialise_from_data",
     "load_adapter",
     "load_model",
     "merge",
@@ -54,6 +55,7 @@ SIGNATURES = {
     "load_adapter": (["model", "path", "name"], ["any_base"]),
     "active_adapter": (["model"], []),
     "fingerprint": (["model"], ["left_out"]),
+    "initialise_from_data": (["model", "name", "batches"], ["loss"]),
     "load_model": (["ref", "quantize"], ["dtype"]),
 }
 

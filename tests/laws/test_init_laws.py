@@ -13,8 +13,8 @@ import tiny_models
 from learned import assert_same_bits, attach_learned, bits, module_ids, shake, trainable
 from lorakit.adapters.attach import attach, detach, use
 from lorakit.adapters.attachments import adapted_layers
-from lorakit.adapters.bind import adapter_from_model
 from lorakit.adapters.data_init import initialise_from_data
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.fold import merge, unmerge
 from lorakit.adapters.plan import plan_adapter
 from lorakit.adapters.spec import LoraSpec

@@ -117,7 +117,7 @@ def test_merge_adds_in_float32_and_rounds_once(name: str, dtype: torch.dtype) ->
 
 def _reference_deltas(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """S B A in float64 by module, from the adapter's file-free form."""
-    from lorakit.adapters.bind import adapter_from_model
+    from lorakit.adapters.extract import adapter_from_model
 
     adapter = adapter_from_model(model, "default")
     deltas = {}

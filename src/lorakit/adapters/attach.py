@@ -21,7 +21,9 @@ from lorakit.adapters.attachments import (
     start_attachments,
 )
 from lorakit.adapters.branches import new_branch, trainable_copy
+from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
+from lorakit.adapters.saving import AttachedAdapters, save_learned_only, save_whole_again
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import StateError
@@ -48,7 +50,8 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
         The plan.
 
     Raises:
-        StateError: the name is taken or cannot be a name, or an adapter is merged.
+        StateError: the name is taken or cannot be a name, an adapter is merged, or another method
+            is on the model.
         TargetError, SpecError: see `plan_adapter`.
     """
     check_name(name)
@@ -60,7 +63,7 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
             remedy="choose another name, or detach it first",
         )
     refuse_merged(model)
-    _refuse_other_methods(model)
+    refuse_occupied(model, "lora")
     if isinstance(plan, LoraSpec):
         plan = plan_adapter(model, plan)
     modules = base_modules(model)
@@ -78,24 +81,11 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
         if not record.plans:
             end_attachments(model)
         raise
+    if not record.plans:
+        save_learned_only(model, AttachedAdapters())
     record.plans[name] = plan
     record.routing.select(name)
     return plan
-
-
-def _refuse_other_methods(model: nn.Module) -> None:
-    """Freezing the base would freeze what another method learns."""
-    known = (AdaptedLayer, OverriddenModule)
-    others = [
-        m.name for m in model.modules() if isinstance(m, Wrapper) and not isinstance(m, known)
-    ]
-    if others:
-        raise StateError(
-            "another method has changed this model: a LoRA adapter would learn on what it learned",
-            where=type(model).__name__,
-            found=", ".join(others[:4]),
-            remedy="load the base model afresh",
-        )
 
 
 def _refuse_foreign(model: nn.Module, plan: AdapterPlan, modules: dict[str, nn.Module]) -> None:
@@ -262,6 +252,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not record.plans:
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(record.required_grad.get(parameter_name, True))
+        save_whole_again(model)
         end_attachments(model)
 
 

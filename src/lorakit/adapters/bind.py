@@ -1,11 +1,10 @@
-"""Between a live model and a model-free Adapter."""
+"""A model-free Adapter onto a live model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,93 +17,21 @@ from lorakit.adapters.attachments import (
     check_name,
     overridden_modules,
     refuse_merged,
-    require_attached,
 )
-from lorakit.adapters.identity import base_facts, require_same_base
-from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site, whole_modules
-from lorakit.adapters.spec import NONZERO_INITS
+from lorakit.adapters.identity import require_same_base
+from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
-from lorakit.layers.low_rank import Branch, LowRank
-from lorakit.layers.updates import base_norms as rows_of_base
-from lorakit.math.scaling import Scaling, alpha_for
+from lorakit.layers.low_rank import LowRank
+from lorakit.layers.updates import fresh_norms
 from lorakit.weights.storage import storage_of
 
 _SHOWN = 12
-
-
-def adapter_from_model(
-    model: nn.Module, name: str = "default", *, passport: Mapping[str, Any] | None = None
-) -> Adapter:
-    """Copy an attached adapter out of the model; changes nothing.
-
-    Args:
-        model: a model with the adapter attached.
-        name: the adapter.
-        passport: what else is known of it (data, metrics ...); the base's fingerprint, the
-            architecture and the method are filled in.
-
-    Raises:
-        StateError: no adapter of that name is attached.
-    """
-    plan = require_attached(model, name)
-    record = attachments_of(model)
-    factors: dict[str, Factors] = {}
-    biases: dict[str, Tensor] = {}
-    base_norms: dict[str, Tensor] = {}
-    by_module = plan.modules()
-    for layer in adapted_layers(model):
-        branch = layer.branch_of(name)
-        if branch is None:
-            continue
-        for site, update in zip(by_module[layer.name], branch.updates(), strict=True):
-            factors[site.name] = _factors_of(site, update, plan.spec.scaling)
-        norms = _rest_norms(layer, branch)
-        if norms is not None:
-            base_norms[layer.name] = norms
-        if branch.bias is not None:
-            biases[layer.name] = _copy(branch.bias)
-    overrides: dict[str, Tensor] = {}
-    for module in overridden_modules(model):
-        override = module.override_of(name)
-        for parameter, value in override.tensors().items() if override else ():
-            overrides[f"{module.name}.{parameter}"] = _copy(value)
-    known = dict(record.passports.get(name, {}))
-    known.update(passport or {})
-    spec = plan.spec
-    if spec.init in NONZERO_INITS:
-        # Saved for the untouched base: s (B A - B0 A0), of twice the rank.
-        known["trained_as"] = spec.to_dict()
-        spec = spec.doubled()
-    known["base"] = base_facts(model, whole_modules(plan))
-    return Adapter(
-        spec=spec,
-        factors=factors,
-        biases=biases,
-        overrides=overrides,
-        passport=known,
-        base_norms=base_norms,
-        target_modules=_short_names(model, list(by_module)),
-        config=_foreign_facts(model),
-    )
-
-
-def _factors_of(site: Site, update: LowRank, rule: Scaling) -> Factors:
-    A, B = update.effective()
-    r = A.shape[0]
-    return Factors(
-        A=_copy(A),
-        B=_copy(B),
-        alpha=site.alpha if r == site.r else alpha_for(site.scaling, r, rule),
-        scaling=site.scaling,
-        kind=site.kind,
-        module=site.module,
-        rows=site.rows,
-        magnitude=None if update.magnitude is None else _copy(update.magnitude),
-    )
+# Of a norm summed up in another order.
+_SAME_NORM = 1e-5
 
 
 def bind_adapter(
@@ -144,9 +71,9 @@ def bind_adapter(
         raise
     attachments_of(model).passports[name] = dict(adapter.passport)
     _note_storage(model, adapter, name)
-    if _changes_nothing(adapter):
+    if _changes_nothing(model, adapter, name):
         warnings.warn(
-            f"adapter {name!r} binds but changes nothing: every B A is zero",
+            f"adapter {name!r} binds but changes nothing: every B A is zero{_and_norms(adapter)}",
             LorakitWarning,
             stacklevel=2,
         )
@@ -167,10 +94,30 @@ def _note_storage(model: nn.Module, adapter: Adapter, name: str) -> None:
         )
 
 
-def _changes_nothing(adapter: Adapter) -> bool:
+def _changes_nothing(model: nn.Module, adapter: Adapter, name: str) -> bool:
     if adapter.biases or adapter.overrides:
         return False
-    return all(not bool(f.A.any()) or not bool(f.B.any()) for f in adapter.factors.values())
+    if any(bool(f.A.any()) and bool(f.B.any()) for f in adapter.factors.values()):
+        return False
+    branches = ((layer, layer.branch_of(name)) for layer in adapted_layers(model))
+    return not any(
+        _has_moved(update, layer)
+        for layer, branch in branches
+        if branch
+        for update in branch.updates()
+    )
+
+
+def _has_moved(update: LowRank, layer: AdaptedLayer) -> bool:
+    """Whether DoRA's magnitude is not the norms that it started from."""
+    if update.magnitude is None or update.magnitude.is_meta:
+        return False
+    norms = fresh_norms(update, layer).to(update.magnitude)
+    return not torch.allclose(update.magnitude, norms, rtol=_SAME_NORM, atol=0.0)
+
+
+def _and_norms(adapter: Adapter) -> str:
+    return ", every magnitude its norm" if adapter.spec.update == "dora" else ""
 
 
 def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -185,45 +132,6 @@ def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
     plan = _plan_for(model, adapter)
     factors = {s.name: replace(adapter.factors[s.name], kind=s.kind) for s in plan.sites}
     return replace(adapter, factors=factors)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _rest_norms(layer: AdaptedLayer, branch: Branch) -> Tensor | None:
-    """Row norms of the base for the rows that no part owns, where DoRA adapts parts."""
-    updates = branch.updates()
-    if updates[0].magnitude is None or updates[0].rows is None:
-        return None
-    return _copy(rows_of_base(layer))
-
-
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-
-
-def _foreign_facts(model: nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    class_name = type(model).__name__
-    task = next((task for ending, task in _TASKS.items() if class_name.endswith(ending)), None)
-    return {
-        "base_model_name_or_path": getattr(config, "name_or_path", None) or None,
-        "task_type": task,
-    }
-
-
-def _short_names(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
-    """Leaf names, if they mean exactly the adapted modules; full names otherwise."""
-    leaves = dict.fromkeys(name.rpartition(".")[2] for name in adapted)
-    meant = {n for n in base_modules(model) if n.rpartition(".")[2] in leaves}
-    return tuple(leaves) if meant == set(adapted) else tuple(adapted)
 
 
 def _plan_for(model: nn.Module, adapter: Adapter, known: Sequence[str] = ()) -> AdapterPlan:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.attach import use
 from lorakit.adapters.attachments import adapted_layers, refuse_merged, require_attached
 from lorakit.adapters.spec import DATA_INITS
+from lorakit.adapters.state import data_was_seen
 from lorakit.errors import DataError, StateError
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.low_rank import LowRank, take_rows
@@ -75,14 +76,6 @@ def initialise_from_data(
             num_batches = _lora_ga(model, name, layers, batches, loss)
     data_was_seen(model, name)
     return num_batches
-
-
-def data_was_seen(model: nn.Module, name: str) -> None:
-    """Note that the adapter's factors are what they should be: loaded, or taken from data."""
-    for layer in adapted_layers(model):
-        for update in _updates(layer, name):
-            update.awaits_data = False
-            update.norms.clear()
 
 
 def _updates(layer: AdaptedLayer, name: str) -> list[LowRank]:

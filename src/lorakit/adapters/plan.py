@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
+from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS, LoraSpec
 from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
@@ -129,7 +130,9 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     Raises:
         TargetError: a target, pattern or module name matches nothing or cannot be adapted.
         SpecError: the spec asks for what cannot be done here, with the reason.
+        StateError: a method other than LoRA is on the model.
     """
+    refuse_occupied(model, "lora")
     found = resolve_targets(model, spec.targets)
     _refuse_unstorable(found)
     sites = tuple(_site(candidate, spec) for candidate in found)

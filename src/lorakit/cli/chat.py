@@ -16,6 +16,7 @@ from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session
 from lorakit.data.endings import end_of_sequence_ids
 from lorakit.errors import RequestError
+from lorakit.models.generation import context_length
 
 with contextlib.suppress(ImportError):
     # Loading it is enough: input() then has history and line editing.
@@ -159,7 +160,7 @@ def _stream(talk: _Talk, label: str) -> str:
 
 def _prompt(talk: _Talk, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The conversation as tokens; the oldest exchanges are left out when the context is full."""
-    context = getattr(talk.session.model.config, "max_position_embeddings", None)
+    context = context_length(talk.session.model)
     start = 0
     while True:
         turns = list(talk.turns[start:])

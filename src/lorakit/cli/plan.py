@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of another method, as in num_layers=1; may be repeated",
+        help="an option of another method, as in num_layers=1 or blocks=0,1; may be repeated",
     )
     parser.add_argument("--r", type=int, default=default.r, help="the rank (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=default.alpha, help="default: %(default)s")
@@ -148,7 +148,11 @@ def _option(text: str) -> tuple[str, Any]:
             expected="KEY=VALUE, as in num_layers=1",
             found=text,
         )
-    return name, parse_value(value, where=text)
+    # a,b is the list that YAML writes [a, b], as in --targets; also_train=a is a list of one.
+    parts = [part.strip() for part in _SEPARATOR.split(value)]
+    if len(parts) == 1 and (name != "also_train" or value.startswith("[")):
+        return name, parse_value(value, where=text)
+    return name, [parse_value(part, where=text) for part in parts if part]
 
 
 def _method_record(ref: str, model: nn.Module, method: Method) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorakit.compare.trained import load_cell_base, load_trained, objective_of
 from lorakit.errors import MergeError
-from lorakit.models.task_head import context_length
+from lorakit.models.positions import context_length
 from lorakit.train.config import TrainConfig
 
 _WARM_UP = 3
@@ -41,9 +41,9 @@ def measure_latency(
         {"refused": the reason} where the method cannot be merged.
     """
     objective = objective_of(config)
-    base = load_cell_base(config, objective)
+    base = load_cell_base(config, weights, objective)
     model, method = load_trained(config, weights, objective)
-    positions = context_length(base.config)
+    positions = context_length(base)
     length = length if positions is None else min(length, positions)
     ids = _token_ids(base, batch_size, length)
     found: dict[str, Any] = {"trials": trials, "batch_size": batch_size, "length": length}

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lorakit.environment import default_device
 from lorakit.methods.base import Method
+from lorakit.methods.files import read_saved
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.saved import load_saved
 from lorakit.models.attention import use_attention
@@ -26,15 +27,20 @@ def objective_of(config: TrainConfig) -> Objective:
     return build_objective(config, load_tokenizer(config.model.ref), read_rows(config)[0])
 
 
-def load_cell_base(config: TrainConfig, objective: Objective | None = None) -> PreTrainedModel:
+def load_cell_base(
+    config: TrainConfig, weights: Path, objective: Objective | None = None
+) -> PreTrainedModel:
     """The base of a run, loaded as the run loaded it; for task classify with the head's start.
 
     Args:
         config: the run.
+        weights: what it saved.
         objective: of the run, where it is at hand.
     """
     base = config.model
-    dtype = resolve_dtype(base.dtype, default_device()) or torch.float32
+    # What the run decided: full fine-tuning keeps float32 where LoRA's base is bfloat16.
+    stated = read_saved(weights).passport.get("base_dtype")
+    dtype = resolve_dtype(base.dtype or stated, default_device()) or torch.float32
     model = (objective or objective_of(config)).load_model(dtype)
     if base.attention is not None:
         use_attention(model, base.attention)
@@ -49,7 +55,7 @@ def load_trained(
     Raises:
         AdapterFileError, BaseMismatchError: the files do not fit.
     """
-    model = load_cell_base(config, objective)
+    model = load_cell_base(config, weights, objective)
     method = load_saved(model, weights, _ADAPTER)
     return model.eval(), method
 

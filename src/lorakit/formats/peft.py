@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter, Factors, register_files
-from lorakit.adapters.bind import adapter_from_model, bind_adapter
+from lorakit.adapters.attach import attach
+from lorakit.adapters.bind import bind_adapter
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError
 from lorakit.files import atomic_directory, write_json
@@ -324,8 +326,10 @@ class _PeftFiles:
 
 register_files(_PeftFiles())
 
+# `attach` is public from here, so that a model that carries adapters can always be saved.
 __all__ = [
     "PASSPORT_NAME",
+    "attach",
     "load_adapter",
     "read_adapter",
     "read_tensors",

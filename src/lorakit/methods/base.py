@@ -22,6 +22,7 @@ class TrainableReport:
         notes: what the user should know, one sentence each.
         kept_bytes: memory that `Method.disabled` needs for what the base was, in bytes.
         extra_positions: positions of the model's context that every row takes beside its tokens.
+        in_base_dtype: parameters of the base are learned in the dtype it is loaded in.
     """
 
     num_trainable: int
@@ -30,6 +31,7 @@ class TrainableReport:
     notes: tuple[str, ...] = ()
     kept_bytes: int = 0
     extra_positions: int = 0
+    in_base_dtype: bool = False
 
     @property
     def share(self) -> float:

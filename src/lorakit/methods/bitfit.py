@@ -11,12 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters.plan import modules_beside
+from lorakit.adapters.saving import save_learned_only
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import MergeError, SpecError
+from lorakit.layers.float32_bias import Float32Bias
 from lorakit.methods.base import TrainableReport
 from lorakit.methods.chosen import Choice, ChosenParameters
 from lorakit.methods.in_place import base_parameters, parameters_beside, require_own
 from lorakit.methods.spec import ALSO_TRAIN, require_choice, require_names
+from lorakit.weights.nf4 import FourBitWeight, is_four_bit
+
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +49,20 @@ class BitFitSpec:
 class BitFitMethod(ChosenParameters):
     """BitFit (Zaken et al. 2021): y = W0 x + b with b trained, W0 frozen.
 
+    The biases are learned in float32 whatever the base's dtype, and rounded to it by `merge`.
+
     Args:
         spec: its options.
     """
 
     name = "bitfit"
+    float32_names = frozenset({"bias"})
 
     def __init__(self, spec: BitFitSpec) -> None:
         super().__init__(spec)
         self.spec = spec
         self._added: dict[str, tuple[nn.Linear, nn.Parameter]] = {}
+        self._wide: list[Float32Bias] = []
 
     def choose(self, model: nn.Module) -> Choice:
         """All parameters that are called bias, in linear layers and in norms.
@@ -93,11 +102,27 @@ class BitFitMethod(ChosenParameters):
         without = linear_layers_without_bias(model) if self.spec.add else {}
         report = super().attach(model)
         for name, layer in without.items():
-            dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
-            bias = torch.zeros(layer.out_features, dtype=dtype, device=layer.weight.device)
-            layer.bias = nn.Parameter(bias)
+            zeros = torch.zeros(
+                layer.out_features, dtype=_computed_in(layer), device=layer.weight.device
+            )
+            layer.bias = nn.Parameter(zeros)
             self._added[f"{name}.bias"] = (layer, layer.bias)
+        self._widen(model)
+        if self._added:
+            save_learned_only(model, self)
         return report
+
+    def _widen(self, model: nn.Module) -> None:
+        """Learn every narrow bias in float32; a module trained beside stays as it is."""
+        learned = {id(bias) for name, bias in self.state(model).items() if name.endswith("bias")}
+        owners = {
+            id(bias): module
+            for module in base_modules(model).values()
+            if (bias := module._parameters.get("bias")) is not None and id(bias) in learned
+        }
+        for module in owners.values():
+            if _computed_in(module) in _NARROW:
+                self._wide.append(Float32Bias(module, _computed_in(module)))
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The biases under their own names."""
@@ -128,7 +153,17 @@ class BitFitMethod(ChosenParameters):
                 found=f"{len(self._added)} bias vectors that {type(model).__name__} does not have",
                 remedy="keep the base and the method's directory beside each other",
             )
+        for bias in self._wide:
+            bias.end()
         super().merge(model)
+
+
+def _computed_in(module: nn.Module) -> torch.dtype:
+    """The dtype of the products that the bias is added to."""
+    if is_four_bit(module) and not module.get_parameter("weight").is_meta:
+        return FourBitWeight(module).dtype()
+    owned = dict(module.named_parameters(recurse=False))
+    return owned["weight" if "weight" in owned else "bias"].dtype
 
 
 def linear_layers_without_bias(model: nn.Module) -> dict[str, nn.Linear]:

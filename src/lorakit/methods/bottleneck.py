@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachments import find_attachments, places
+from lorakit.adapters.attachments import places
 from lorakit.adapters.plan import modules_beside
+from lorakit.adapters.saving import save_learned_only
 from lorakit.adapters.targets import base_modules
-from lorakit.errors import MergeError, SpecError, StateError
-from lorakit.layers.adapted import Wrapper
+from lorakit.errors import MergeError, SpecError
 from lorakit.layers.bottleneck import (
     Activation,
     Bottleneck,
@@ -25,8 +25,8 @@ from lorakit.layers.bottleneck import (
     Where,
     num_bottleneck_params,
 )
-from lorakit.layers.prefix import find_prefix
 from lorakit.methods.base import TrainableReport
+from lorakit.methods.beside import refuse_beside
 from lorakit.methods.bottleneck_spec import AdapterDropSpec, BottleneckSpec
 from lorakit.methods.chosen import Choice, ChosenParameters
 from lorakit.methods.in_place import base_parameters, parameters_beside, require_own
@@ -73,11 +73,9 @@ class BottleneckMethod(ChosenParameters):
         """Where the adapters go, and what of the base is trained beside; pure.
 
         Raises:
-            StateError: something is attached to the model already.
             SpecError: a block that the model does not have, or more dropped than there are.
             TargetError: unknown blocks, or a name in also_train that matches nothing.
         """
-        self._refuse_attached(model)
         blocks = transformer_blocks(model)
         found = self._places(blocks)
         names = self._norm_parameters(model, blocks, found)
@@ -94,6 +92,7 @@ class BottleneckMethod(ChosenParameters):
 
     def attach(self, model: nn.Module) -> TrainableReport:
         """Freeze the base and put the adapters in; the output is unchanged, A being zero."""
+        refuse_beside(model, self.name)
         found = self._places(transformer_blocks(model))
         report = super().attach(model)
         modules, holders = base_modules(model), places(model)
@@ -112,6 +111,7 @@ class BottleneckMethod(ChosenParameters):
             self._sites.append(site)
         if isinstance(self.spec, AdapterDropSpec) and self.spec.at_random:
             model.register_forward_pre_hook(DropAtRandom(self._switch, self.spec.drop_first))
+        save_learned_only(model, self)
         return report
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -172,20 +172,6 @@ class BottleneckMethod(ChosenParameters):
             remedy="keep the base and the method's directory beside each other, or learn lora, "
             "which merges",
         )
-
-    def _refuse_attached(self, model: nn.Module) -> None:
-        record = find_attachments(model)
-        names = list(record.plans) if record else []
-        names += [m.name for m in model.modules() if isinstance(m, Wrapper)]
-        names += ["a prefix"] if find_prefix(model) is not None else []
-        if names:
-            raise StateError(
-                f"{self.name} cannot be attached beside what is attached already: each would learn "
-                "on a base that the other changes",
-                where=type(model).__name__,
-                found=", ".join(names[:4]),
-                remedy="load the base model afresh, or detach the adapters first",
-            )
 
     def _places(self, blocks: list[Block]) -> list[_Place]:
         found: list[_Place] = []

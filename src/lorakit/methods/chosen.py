@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.identity import base_facts
+from lorakit.adapters.occupied import occupy, vacate
+from lorakit.adapters.state import load_in_place
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import SpecError
 from lorakit.methods.base import TrainableReport
+from lorakit.methods.beside import refuse_beside
 from lorakit.methods.files import passport_document, write_method
 from lorakit.methods.in_place import InPlace, each_once
 from lorakit.methods.spec import Spec, spec_to_dict
-from lorakit.methods.state import load_in_place
 from lorakit.weights.nf4 import is_planned_four_bit
 from lorakit.weights.storage import num_params
 
@@ -51,6 +53,8 @@ class ChosenParameters(ABC):
     """
 
     name = ""
+    # What the method learns in float32 where the base is narrower: the last part of a name.
+    float32_names: frozenset[str] = frozenset()
 
     def __init__(self, spec: Spec, *, keep: bool = True) -> None:
         self._options = spec_to_dict(spec)
@@ -70,6 +74,7 @@ class ChosenParameters(ABC):
 
         Raises:
             SpecError: a weight to train is in 4 bits.
+            StateError: something is on the model already.
         """
         return self._report(model, self._choose(model))
 
@@ -79,6 +84,7 @@ class ChosenParameters(ABC):
         report = self._report(model, choice)
         self._base = base_facts(model, choice.left_out)
         self.in_place.start(model, choice.names)
+        occupy(model, self.name)
         return report
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -102,6 +108,7 @@ class ChosenParameters(ABC):
     def merge(self, model: nn.Module) -> None:
         """The values are in the base's weights already: only the base's own are forgotten."""
         self.in_place.release()
+        vacate(model)
 
     def save(self, model: nn.Module, path: Path, passport: Mapping[str, Any]) -> None:
         """Write lorakit.json and method.safetensors."""
@@ -114,6 +121,7 @@ class ChosenParameters(ABC):
         return passport_document(self.name, self.options(), num_params, facts)
 
     def _choose(self, model: nn.Module) -> Choice:
+        refuse_beside(model, self.name)
         choice = self.choose(model)
         modules = base_modules(model)
         for name in choice.names:
@@ -137,4 +145,7 @@ class ChosenParameters(ABC):
             sites=choice.sites,
             notes=choice.notes,
             kept_bytes=sum(p.nbytes for p in chosen) if self.in_place.keep else 0,
+            in_base_dtype=any(
+                name.rpartition(".")[2] not in self.float32_names for name in choice.names
+            ),
         )

@@ -10,15 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakit.adapters.attach import attach, detach, use
-from lorakit.adapters.attachments import adapted_layers, overridden_modules
-from lorakit.adapters.data_init import data_was_seen
+from lorakit.adapters.attachments import adapted_layers
 from lorakit.adapters.fold import merge
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.state import adapter_state, data_was_seen, load_in_place
 from lorakit.formats.peft import save_adapter
-from lorakit.layers.adapted import module_key
 from lorakit.methods.base import TrainableReport, one_group
-from lorakit.methods.state import load_in_place
 from lorakit.weights.storage import num_params
 
 # What the code of LoRA+ calls lr_embedding: fixed, because a one-hot input has no width to scale
@@ -66,20 +64,7 @@ class LoraMethod:
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The adapter's tensors: `<module>.parts.<index>.lora_A` and so on."""
-        key = module_key(self.adapter_name)
-        found: dict[str, Tensor] = {}
-        for layer in adapted_layers(model):
-            if key in layer.factors:
-                for name, parameter in layer.factors[key].named_parameters():
-                    found[f"{layer.name}.{name}"] = parameter
-                # (A0, B0) of a start like PiSSA's: without them B A means nothing.
-                for name, buffer in layer.factors[key].named_buffers():
-                    found[f"{layer.name}.{name}"] = buffer
-        for module in overridden_modules(model):
-            if key in module.overrides:
-                for name, parameter in module.overrides[key].named_parameters():
-                    found[f"{module.name}.{name}"] = parameter
-        return found
+        return adapter_state(model, self.adapter_name)
 
     def load(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Copy a state into the attached adapter, in place and bit for bit."""

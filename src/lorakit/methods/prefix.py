@@ -18,20 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.identity import base_facts
+from lorakit.adapters.occupied import occupy
 from lorakit.adapters.plan import modules_beside
+from lorakit.adapters.saving import save_learned_only
+from lorakit.adapters.state import load_in_place
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import MergeError, SpecError, StateError
 from lorakit.layers.placement import Shape
 from lorakit.layers.prefix import LayerInput, PrefixTokens, find_prefix
 from lorakit.layers.prompts import GenerateBehindPrompt, LabelsSeen
 from lorakit.methods.base import TrainableReport, one_group
+from lorakit.methods.beside import refuse_beside
 from lorakit.methods.files import passport_document, write_method
 from lorakit.methods.in_place import InPlace, each_once, parameters_beside
 from lorakit.methods.prefix_init import start_activations, start_embeddings
 from lorakit.methods.prefix_site import PrefixSite, prefix_site
 from lorakit.methods.prefix_spec import PrefixEmbeddingSpec, PrefixLayerSpec
 from lorakit.methods.spec import spec_to_dict
-from lorakit.methods.state import load_in_place
 from lorakit.weights.storage import num_params
 
 _CHILD = "lorakit_prefix"
@@ -96,6 +99,8 @@ class PrefixMethod:
                 values = start_activations(site, values)
             tokens.fill(values)
         _install(site, tokens)
+        occupy(model, self.name)
+        save_learned_only(model, self)
         return report
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
@@ -137,6 +142,7 @@ class PrefixMethod:
         write_method(path, document, state)
 
     def _site(self, model: nn.Module) -> PrefixSite:
+        refuse_beside(model, self.name)
         site = prefix_site(model)
         num_special = self.spec.prefix + self.spec.infix
         if site.context is not None and num_special >= site.context:
@@ -176,6 +182,7 @@ class PrefixMethod:
             notes=tuple(notes),
             kept_bytes=sum(p.nbytes for p in beside.values()),
             extra_positions=num_special,
+            in_base_dtype=bool(names),
         )
 
 

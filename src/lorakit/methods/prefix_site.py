@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.attachments import find_attachments
 from lorakit.adapters.targets import base_modules
-from lorakit.errors import StateError, TargetError
-from lorakit.layers.prefix import Positions, find_prefix
+from lorakit.errors import TargetError
+from lorakit.layers.prefix import Positions
 from lorakit.models.blocks import Block, transformer_blocks
-
-_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+from lorakit.models.positions import context_length, first_position, position_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +61,8 @@ def prefix_site(model: nn.Module) -> PrefixSite:
     """Look at a model; works on the meta device.
 
     Raises:
-        StateError: something is attached to it already.
         TargetError: its architecture is not known.
     """
-    _refuse_taken(model)
     if not isinstance(model, PreTrainedModel):
         raise TargetError(
             "special positions need a transformers model",
@@ -82,7 +78,6 @@ def prefix_site(model: nn.Module) -> PrefixSite:
     embedding = backbone.get_input_embeddings()
     names = {id(module): name for name, module in base_modules(model).items()}
     positions = _positions(backbone)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return PrefixSite(
         model=model,
         backbone=backbone,
@@ -92,18 +87,8 @@ def prefix_site(model: nn.Module) -> PrefixSite:
         width=blocks[0].width,
         causal=blocks[0].kind == "decoder",
         positions=positions,
-        context=longest - positions.offset if isinstance(longest, int) else None,
+        context=context_length(model),
     )
-
-
-def _refuse_taken(model: nn.Module) -> None:
-    if find_prefix(model) is not None or find_attachments(model) is not None:
-        raise StateError(
-            "special positions and another adapter cannot be on one model together",
-            where=type(model).__name__,
-            found="a prefix" if find_prefix(model) is not None else "a LoRA adapter",
-            remedy="detach the other one, or load the base anew",
-        )
 
 
 def _layers(
@@ -119,15 +104,6 @@ def _layers(
 
 def _positions(backbone: PreTrainedModel) -> Positions:
     given = "position_ids" in inspect.signature(backbone.forward).parameters
-    tables = [
-        module
-        for name, module in backbone.named_modules()
-        if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, nn.Embedding)
-    ]
-    if not tables:
-        return Positions(given, 0, None)
-    # RoBERTa's positions start behind its padding index. OPT's table has two rows more than it
-    # says, and adds them itself.
-    offset = 0 if tables[0].padding_idx is None else tables[0].padding_idx + 1
-    longest = backbone.config.get_text_config().max_position_embeddings
-    return Positions(given, offset, longest - offset)
+    learned = bool(position_tables(backbone))
+    limit = context_length(backbone) if learned else None
+    return Positions(given, first_position(backbone), limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +16,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.errors import LorakitWarning, ModelError
 
-# Their positions begin behind the padding token's id, so that many of the table are never used.
-_POSITIONS_AFTER_PADDING = frozenset(
-    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"}
-)
 _DEFAULT_STD = 0.02
 
 
@@ -157,19 +153,6 @@ def padding_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
         expected="a pad_token or an eos_token",
         remedy="set the tokenizer's pad_token",
     )
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """The most tokens the model has positions for; None where there is no end."""
-    text = config.get_text_config()
-    values: Mapping[str, Any] = text.to_dict()
-    # GPT-2 and others keep it under another name that an attribute map knows.
-    most = values.get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    if not isinstance(most, int) or most < 1:
-        return None
-    if text.model_type in _POSITIONS_AFTER_PADDING:
-        return most - int(text.pad_token_id or 0) - 1
-    return most
 
 
 def head_parameters(model: nn.Module, names: Iterable[str]) -> int:

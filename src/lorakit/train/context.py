@@ -4,36 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sized
 
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
-from lorakit.errors import SpecError
+from lorakit.errors import DataError, SpecError
 from lorakit.methods.base import TrainableReport
+from lorakit.models.positions import context_length
 
 
 def require_context(
-    config: PretrainedConfig,
+    model: PreTrainedModel,
     plan: TrainableReport,
     method: str,
     data: Iterable[Iterable[Sized] | None],
 ) -> None:
-    """Refuse a prefix that leaves no room for the longest row.
+    """Refuse rows that are longer than the context, and a prefix that leaves them no room.
 
     Args:
-        config: of the base.
+        model: the base; its weights are not needed.
         plan: what the method does.
         method: its name, for the message.
         data: the examples of the run, None where there are none.
 
     Raises:
+        DataError: the longest row alone is more than the context.
         SpecError: the longest row and the special positions are more than the context.
     """
-    # Absent for ALiBi (BLOOM), which has no end.
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not plan.extra_positions or context is None:
+    context = context_length(model)
+    if context is None:
         return
     longest = max(
         (len(row) for examples in data if examples is not None for row in examples), default=0
     )
+    if longest > context:
+        raise DataError(
+            "the longest row does not fit into the model's context",
+            where="data",
+            expected=f"at most {context:,} tokens",
+            found=f"{longest:,} tokens",
+            remedy=f"cut or drop long rows with data.max_length: {context - plan.extra_positions} "
+            "(and data.on_too_long), or take a model with a longer context",
+        )
     if longest + plan.extra_positions > context:
         raise SpecError(
             "the longest row and the special positions do not fit into the model's context",

@@ -143,17 +143,12 @@ class Preparation:
         found = list(self.plan.notes)
         if self.beside:
             found.append(f"the new head is trained beside: {', '.join(self.beside)}")
-        if self.trains_in_place and self.dtype == torch.bfloat16:
+        if self.plan.in_base_dtype and self.dtype == torch.bfloat16:
             found.append(
                 "weights of the base are trained in bfloat16: a step smaller than about 1/256 of a "
                 "weight is lost; model.dtype: float32 keeps it"
             )
         return found
-
-    @property
-    def trains_in_place(self) -> bool:
-        """Whether parameters of the base itself are trained."""
-        return trains_in_place(self.plan, self.num_base_params)
 
 
 def prepare(config: TrainConfig) -> Preparation:
@@ -172,10 +167,10 @@ def prepare(config: TrainConfig) -> Preparation:
     beside = objective.beside(base)
     plan = _plan(base, config, beside)
     data = _read(rows, objective)
-    require_context(base.config, plan, config.method, (data.train, data.validation))
+    require_context(base, plan, config.method, (data.train, data.validation))
     device = default_device()
     num_base_params = sum(p.numel() for p in base.parameters())
-    dtype = _dtype(config, trains_in_place(plan, num_base_params), device)
+    dtype = _dtype(config, plan, device)
     memory = estimate_memory(
         base,
         plan,
@@ -214,13 +209,9 @@ def prepare(config: TrainConfig) -> Preparation:
     )
 
 
-def trains_in_place(plan: TrainableReport, num_base_params: int) -> bool:
-    """Whether parameters of the base itself are trained, beside what the method adds."""
-    return plan.num_total - num_base_params < plan.num_trainable
-
-
-def _dtype(config: TrainConfig, in_place: bool, device: torch.device) -> torch.dtype:
-    if in_place and config.model.dtype is None:
+def _dtype(config: TrainConfig, plan: TrainableReport, device: torch.device) -> torch.dtype:
+    # A step smaller than 1/256 of a weight would be lost in bfloat16.
+    if plan.in_base_dtype and config.model.dtype is None:
         return torch.float32
     return resolve_dtype(config.model.dtype, device) or torch.float32
 

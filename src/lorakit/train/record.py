@@ -79,6 +79,7 @@ def passport(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
         "template_sha256": report.template_sha256,
         "seed": config.seed,
         "versions": versions(),
+        "base_dtype": _dtype_name(prepared),
         "config": config.to_dict(),
     }
 
@@ -101,6 +102,7 @@ def run_record(
             "ref": config.model.ref,
             "num_params": prepared.num_base_params,
             "bytes": prepared.memory.weights_bytes,
+            "dtype": _dtype_name(prepared),
             "sha256": facts["base_sha256"],
             "quantization": facts["quantization"],
         },
@@ -122,6 +124,11 @@ def run_record(
         "hardware": hardware(),
         "warnings": facts["warnings"],
     }
+
+
+def _dtype_name(prepared: Preparation) -> str:
+    """What the base was kept in; the config may leave it to the method and the device."""
+    return str(prepared.dtype).removeprefix("torch.")
 
 
 def _adapter_facts(config: TrainConfig, report: TrainableReport) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from law_cases import Case, grid
 from learned import assert_same_bits, attach_learned, bits, module_ids
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import active_adapter, attach, detach
-from lorakit.adapters.bind import adapter_from_model
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.fold import merge
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
@@ -234,6 +234,23 @@ def test_an_adapter_that_changes_nothing_warns(tmp_path: Path) -> None:
     fresh = tiny_models.build("llama")
     with pytest.warns(LorakitWarning, match="changes nothing"):
         load_adapter(fresh, tmp_path / "zero")
+
+
+def test_a_dora_adapter_that_moved_only_magnitudes_does_not_warn(tmp_path: Path) -> None:
+    spec = LoraSpec(r=2, targets=("c_attn.q", "c_attn.v", "c_fc"), update="dora")
+    model = tiny_models.build("gpt2")
+    attach(model, spec)
+    save_adapter(model, tmp_path / "zero")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("magnitude"))[3] *= 1.01
+    save_adapter(model, tmp_path / "moved")
+    given = tiny_models.inputs(model)
+    fresh = tiny_models.build("gpt2")
+    base = tiny_models.outputs(fresh, given)
+    load_adapter(fresh, tmp_path / "moved", name="moved")
+    assert not tiny_models.outputs(fresh, given).equal(base)
+    with pytest.warns(LorakitWarning, match="changes nothing.*every magnitude its norm"):
+        load_adapter(fresh, tmp_path / "zero", name="zero")
 
 
 def test_an_adapter_that_binds_nothing_is_an_error(saved: Path) -> None:

@@ -131,7 +131,7 @@ def test_full_without_the_base_says_so_and_is_an_ordinary_model(tmp_path: Path) 
     assert method.attach(model).kept_bytes == 0
     with pytest.raises(StateError, match="keep_base"), method.disabled(model):
         pass
-    with pytest.raises(StateError, match="attached already"):
+    with pytest.raises(StateError, match="full cannot be attached beside full"):
         method.attach(model)
     shake(model)
     live = tiny_models.outputs(model, given)

@@ -86,7 +86,7 @@ def test_an_unknown_architecture_is_refused(name: str, architecture: str) -> Non
 
 def test_two_methods_on_one_model_are_refused() -> None:
     model = attached("llama")
-    with pytest.raises(StateError, match="together"):
+    with pytest.raises(StateError, match="beside prefix_embedding"):
         build_method("prefix_layer", {}).attach(model)
     with_lora = tiny_models.build("llama")
     attach(with_lora, LoraSpec(r=2))

@@ -11,7 +11,6 @@ from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config, load_tokenizer
 from lorakit.models.task_head import (
     ClassificationHead,
-    context_length,
     head_modules,
     padding_id,
 )
@@ -129,14 +128,6 @@ def test_a_sequence_to_sequence_model_is_refused(tmp_path):
     tiny_models.build("t5").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot classify sequences"):
         load_base_model(tmp_path, head=ClassificationHead(names=("a", "b"), pad_token_id=0, seed=0))
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("bert", 48), ("roberta", 49), ("gpt2", 48), ("llama", 2048)],
-)
-def test_how_much_the_model_can_read(bases, name, expected):
-    assert context_length(load_config(bases[name])) == expected
 
 
 def test_what_pads(bases):

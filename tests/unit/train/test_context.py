@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 import tiny_models
-from lorakit.errors import SpecError
+from lorakit.errors import DataError, SpecError
 from lorakit.methods.registry import build_method
 from lorakit.train.context import require_context
 
@@ -12,12 +12,23 @@ def test_a_prefix_and_the_longest_row_must_fit() -> None:
     model = tiny_models.build("gpt2")  # 64 positions
     plan = build_method("prefix_embedding", {"prefix": 8, "infix": 2}).plan(model)
     rows = [[1] * 20, [1] * 54]
-    require_context(model.config, plan, "prefix_embedding", (rows, None))
+    require_context(model, plan, "prefix_embedding", (rows, None))
     with pytest.raises(SpecError, match="longest row") as caught:
-        require_context(model.config, plan, "prefix_embedding", (rows[:1], [[1] * 55]))
+        require_context(model, plan, "prefix_embedding", (rows[:1], [[1] * 55]))
     assert caught.value.exit_code == 2
     assert caught.value.found == "55 tokens + 10 special positions"
     without = build_method("bitfit", {}).plan(model)
-    require_context(model.config, without, "bitfit", ([[1] * 200], None))
+    require_context(model, without, "bitfit", ([[1] * 64], None))
     endless = tiny_models.build("bloom")
-    require_context(endless.config, plan, "prefix_embedding", ([[1] * 200], None))
+    require_context(endless, plan, "prefix_embedding", ([[1] * 200], None))
+
+
+@pytest.mark.parametrize(("architecture", "context"), [("gpt2", 64), ("bert", 64), ("roberta", 65)])
+def test_a_row_alone_must_fit(architecture: str, context: int) -> None:
+    model = tiny_models.build(architecture)
+    plan = build_method("lora", {}).plan(model)
+    require_context(model, plan, "lora", ([[1] * context], None))
+    with pytest.raises(DataError, match="longest row does not fit") as caught:
+        require_context(model, plan, "lora", ([[1] * 3], [[1] * (context + 1)]))
+    assert caught.value.exit_code == 2
+    assert f"data.max_length: {context}" in str(caught.value)

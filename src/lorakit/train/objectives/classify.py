@@ -22,7 +22,8 @@ from lorakit.methods.base import Method
 from lorakit.models.classify import Classifier
 from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config
-from lorakit.models.task_head import ClassificationHead, context_length, head_modules, padding_id
+from lorakit.models.positions import context_length
+from lorakit.models.task_head import ClassificationHead, head_modules, padding_id
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import ExampleSet, Inputs, Validated
 
@@ -87,7 +88,7 @@ class ClassifyObjective:
             self._tokenizer,
             self._options,
             self.targets,
-            context=context_length(self._base),
+            context=context_length(self.empty_model()),
             label=label,
         )
 

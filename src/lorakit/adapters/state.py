@@ -1,13 +1,15 @@
-"""Learned tensors into a model, strictly."""
+"""Learned tensors out of a model and back into it, bit for bit and strictly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorakit.adapters.attachments import adapted_layers, overridden_modules
 from lorakit.errors import AdapterFileError
+from lorakit.layers.adapted import module_key
 
 _SHOWN = 12
 
@@ -42,3 +44,30 @@ def load_in_place(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
     with torch.no_grad():
         for name, value in state.items():
             mine[name].copy_(value)
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The live tensors of one attached adapter: `<module>.parts.<index>.lora_A` and so on."""
+    key = module_key(name)
+    found: dict[str, Tensor] = {}
+    for layer in adapted_layers(model):
+        if key in layer.factors:
+            for own, parameter in layer.factors[key].named_parameters():
+                found[f"{layer.name}.{own}"] = parameter
+            # (A0, B0) of a start like PiSSA's: without them B A means nothing.
+            for own, buffer in layer.factors[key].named_buffers():
+                found[f"{layer.name}.{own}"] = buffer
+    for module in overridden_modules(model):
+        if key in module.overrides:
+            for own, parameter in module.overrides[key].named_parameters():
+                found[f"{module.name}.{own}"] = parameter
+    return found
+
+
+def data_was_seen(model: nn.Module, name: str) -> None:
+    """Note that the adapter's factors are what they should be: loaded, or taken from data."""
+    for layer in adapted_layers(model):
+        branch = layer.branch_of(name)
+        for update in branch.updates() if branch is not None else ():
+            update.awaits_data = False
+            update.norms.clear()
