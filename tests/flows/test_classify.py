@@ -119,7 +119,10 @@ def test_a_regression_learns_and_is_said(shared, tmp_path):
     assert "numbers with a fraction" in said[0]
     final = result.record["metrics"]["final"]
     metrics = result.record["metrics"]
-    assert metrics["last_loss"] < metrics["first_loss"] / 2
+    # The head starts at the labels' mean: the first loss is their variance, and what is learned
+    # from there is more than the offset.
+    assert metrics["first_loss"] < 2.0
+    assert final["eval_pearson"] > 0.5
     assert set(final) >= {"eval_pearson", "eval_spearman", "eval_pearson_spearman"}
     passport = json.loads((result.adapter / "lorakit.json").read_text())
     assert passport["task"]["targets"] == {"kind": "regression", "names": []}

@@ -118,6 +118,19 @@ def find_targets(
     return Targets(ordered, _gap_notes(ordered))
 
 
+def mean_number(rows: Rows, column: str) -> float:
+    """The mean of the numbers in a column.
+
+    Raises:
+        DataError: a row without a number.
+    """
+    numbers = [
+        _number(_label(rows, index, column), f"{rows.origin(index)}, column {column!r}")
+        for index in range(len(rows))
+    ]
+    return math.fsum(numbers) / len(numbers)
+
+
 def _label(rows: Rows, index: int, column: str) -> object:
     where = f"{rows.origin(index)}, column {column!r}"
     value = rows[index].get(column)

@@ -27,11 +27,13 @@ class ClassificationHead:
         names: the classes in the order of their ids; empty for a number.
         pad_token_id: what batches are padded with.
         seed: of the head's first weights.
+        mean: of the numbers that are to be learned; a fresh head starts by predicting it.
     """
 
     names: tuple[str, ...]
     pad_token_id: int
     seed: int
+    mean: float = 0.0
 
     def configured(self, config: PretrainedConfig) -> PretrainedConfig:
         """A copy of the base's configuration that asks for this head."""
@@ -50,7 +52,9 @@ class ClassificationHead:
     def start(self, model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
         """Give every head module that no file filled its first weights; mutates the model.
 
-        W ~ N(0, initializer_range^2) and b = 0, from this head's seed alone.
+        W ~ N(0, initializer_range^2) and b = 0, from this head's seed alone; where a number is to
+        be learned, the bias behind the last matrix is its mean. An optimizer whose steps have the
+        size of the learning rate would else spend its first steps on the offset alone.
 
         Returns:
             The missing tensors that are not the head's.
@@ -65,7 +69,7 @@ class ClassificationHead:
                 drawn = torch.randn(parameter.shape, generator=generator) * std
                 if name in mine:
                     with torch.no_grad():
-                        parameter.copy_(_start_of(name, drawn))
+                        parameter.copy_(self._start_of(name, drawn))
         if heads and not mine:
             warnings.warn(
                 f"the base has a trained head of {len(self.names) or 1} outputs of its own: it is "
@@ -74,6 +78,13 @@ class ClassificationHead:
                 stacklevel=2,
             )
         return sorted(set(missing) - mine)
+
+    def _start_of(self, name: str, drawn: Tensor) -> Tensor:
+        """Biases start at zero or the mean, the weights of norms at one, matrices as drawn."""
+        if name.endswith("bias"):
+            is_last = not self.names and drawn.numel() == 1
+            return torch.full_like(drawn, self.mean if is_last else 0.0)
+        return torch.ones_like(drawn) if drawn.ndim == 1 else drawn
 
 
 def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -93,13 +104,6 @@ def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         )
     found = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     return cast(type[PreTrainedModel], found)
-
-
-def _start_of(name: str, drawn: Tensor) -> Tensor:
-    """Biases start at zero, the weights of norms at one, matrices as drawn."""
-    if name.endswith("bias"):
-        return torch.zeros_like(drawn)
-    return torch.ones_like(drawn) if drawn.ndim == 1 else drawn
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:

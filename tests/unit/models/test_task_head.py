@@ -100,6 +100,21 @@ def test_a_regression_has_one_output(bases):
     assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 1)
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "llama"])
+def test_a_regression_starts_at_the_mean_where_the_head_has_a_bias(bases, name):
+    wanted = ClassificationHead(names=(), pad_token_id=0, seed=3, mean=2.75)
+    model = load_base_model(bases[name], head=wanted)
+    ids = torch.tensor([[1, 9, 10, 2], [1, 11, 12, 2]])
+    with torch.no_grad():
+        outputs = model(input_ids=ids).logits
+    has_bias = any(n.endswith("bias") and p.numel() == 1 for n, p in model.named_parameters())
+    assert has_bias == (name != "llama")
+    expected = torch.full_like(outputs, 2.75 if has_bias else 0.0)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0.6)
+    biases = {n: p for n, p in weights_of(model).items() if n.endswith("bias")}
+    assert sum(float(b.abs().sum()) for b in biases.values()) == (2.75 if has_bias else 0.0)
+
+
 @pytest.mark.parametrize(("names", "kept"), [(("x", "y", "z"), True), (("x", "y"), False)])
 def test_a_trained_head_of_the_same_size_is_the_start(bases, tmp_path, names, kept):
     trained = load_base_model(bases["roberta"], head=head(bases["roberta"], "a", "b", "c"))

@@ -15,7 +15,7 @@ from lorakit.data.classification import ClassifyExamples, build_classification
 from lorakit.data.classify_options import find_columns, targets_of
 from lorakit.data.collate import ClassifyCollator
 from lorakit.data.rows import Rows
-from lorakit.data.targets import Targets
+from lorakit.data.targets import Targets, mean_number
 from lorakit.errors import ConfigError
 from lorakit.math.task_metrics import metrics_for, score_all
 from lorakit.methods.base import Method
@@ -56,6 +56,7 @@ class ClassifyObjective:
             names=self.targets.names,
             pad_token_id=padding_id(self._base, tokenizer),
             seed=config.seed,
+            mean=mean_number(rows, self._columns.label) if self.targets.regression else 0.0,
         )
         self._collator = ClassifyCollator(
             self.head.pad_token_id, regression=self.targets.regression
