@@ -260,7 +260,8 @@ def modules_beside(
             raise TargetError(
                 "a module to train beside matches nothing",
                 where=f"also_train: {pattern!r}",
-                remedy=f"the nearest names are {', '.join(close)}" if close else None,
+                expected="the name, suffix or expression of a module, such as lm_head",
+                remedy=f"the nearest names are {', '.join(close or list(leaves)[:8])}",
             )
         for name in names:
             inside = [a for a in adapted if a == name or a.startswith(name + ".")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lorakit.cli.console import note
 from lorakit.data.task_facts import ClassifyTask, saved_task
 from lorakit.errors import AdapterFileError, RequestError
+from lorakit.formats.peft_config import CONFIG_NAME, read_config
 from lorakit.methods.base import Method
 from lorakit.methods.files import read_saved
 from lorakit.methods.lora import LoraMethod
@@ -158,18 +158,9 @@ def base_of(adapter: str | None) -> str:
                 "the passport does not name its base", where=adapter, remedy="name it: --model REF"
             )
         return saved.base
-    file = Path(adapter) / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(
-            "the adapter's config cannot be read",
-            where=str(file),
-            expected="a JSON object, as lorakit and PEFT write it",
-            found=str(error),
-            remedy="give the directory that holds adapter_config.json",
-        ) from error
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    file = Path(adapter) / CONFIG_NAME
+    config = read_config(Path(adapter))
+    base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise AdapterFileError(
             "the adapter does not name its base",

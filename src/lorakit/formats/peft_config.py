@@ -73,14 +73,19 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterFileError(
-            "the adapter's configuration is not JSON", where=str(path), found=str(error)
+            "the adapter's configuration is not JSON",
+            where=str(path),
+            expected='{"peft_type": "LORA", ...}',
+            found=str(error),
+            remedy="copy the directory again",
         ) from error
     if not isinstance(config, dict):
         raise AdapterFileError(
             "the adapter's configuration is not an object",
             where=str(path),
             expected='{"peft_type": "LORA", ...}',
-            found=type(config).__name__,
+            found="null" if config is None else type(config).__name__,
+            remedy="copy the directory again",
         )
     _refuse(config, path)
     return config

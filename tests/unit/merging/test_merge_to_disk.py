@@ -27,7 +27,7 @@ from lorakit.errors import (
     OutputError,
 )
 from lorakit.formats.peft import load_adapter, save_adapter
-from lorakit.merging.run import MergeRequest, merge_to_disk
+from lorakit.merging.run import TOLERANCE, MergeRequest, merge_to_disk
 
 _AUTO = {"bert": AutoModel, "vit": AutoModel, "t5": AutoModelForSeq2SeqLM, "deberta-v2": AutoModel}
 _TIED = "shares its weight"
@@ -232,6 +232,18 @@ def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     with pytest.warns(LorakitWarning, match="changes nothing"):
         _expect_refusal(MergeError, tmp_path, "base", "adapter")
+
+
+def test_a_merge_that_does_not_answer_as_the_live_adapter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models.build("llama")
+    _saved_base(model, tmp_path / "base")
+    attach_learned(model, LoraSpec(r=2, alpha=3, targets="all-linear"))
+    save_adapter(model, tmp_path / "adapter")
+    # Adding in another order moves the last bits: less than that is asked for here.
+    monkeypatch.setitem(TOLERANCE, "float32", 1e-12)
+    _expect_refusal(MergeError, tmp_path, "base", "adapter", match="does not answer as")
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e-6])
