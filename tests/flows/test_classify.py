@@ -114,7 +114,7 @@ def our_logits(result, tokens):
 
 
 def test_a_regression_learns_and_is_said(shared, tmp_path):
-    result, said = run(shared, tmp_path / "run", kind="score", epochs=4)
+    result, said = run(shared, tmp_path / "run", kind="score", epochs=10)
     assert "regression, mean" in said[0]
     assert "numbers with a fraction" in said[0]
     final = result.record["metrics"]["final"]

@@ -20,6 +20,7 @@ def test_what_was_decided_for_the_run_is_what_is_loaded(method: str, tmp_path: P
     tiny_runs.write_all(tmp_path)
     values = tiny_runs.values(tmp_path, max_steps=2, epochs=None, save_every=2)
     values["model"] = {"ref": values["model"], "dtype": "bfloat16"}
+    values["train"]["precision"] = "bf16"
     values["method"] = method
     values = values if method == "lora" else {k: v for k, v in values.items() if k != "lora"}
     config = TrainConfig.from_dict(values)
