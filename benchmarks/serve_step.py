@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lorakit.adapters.attach import attach, detach
-from lorakit.adapters.bind import adapter_from_model
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
 from lorakit.serve.batches import PackedBatch
 from lorakit.serve.layer import ServedModel

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lorakit.compare.trained import load_cell_base, load_trained, objective_of
 from lorakit.errors import MergeError
-from lorakit.models.positions import context_length
+from lorakit.models.positions import num_positions
 from lorakit.train.config import TrainConfig
 
 _WARM_UP = 3
@@ -43,7 +43,7 @@ def measure_latency(
     objective = objective_of(config)
     base = load_cell_base(config, weights, objective)
     model, method = load_trained(config, weights, objective)
-    positions = context_length(base)
+    positions = num_positions(base)
     length = length if positions is None else min(length, positions)
     ids = _token_ids(base, batch_size, length)
     found: dict[str, Any] = {"trials": trials, "batch_size": batch_size, "length": length}

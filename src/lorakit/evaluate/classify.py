@@ -23,7 +23,7 @@ from lorakit.evaluate.intervals import Difference, Estimate, Floats, Sample, dif
 from lorakit.math.task_metrics import TASK_METRICS, metrics_for
 from lorakit.models.classify import Classifier
 from lorakit.models.label_head import evaluating
-from lorakit.models.positions import context_length
+from lorakit.models.positions import num_positions
 from lorakit.progress import progress
 
 SYSTEM = "adapter"
@@ -170,7 +170,7 @@ def evaluate_classifier(
         tokenizer,
         ClassifyOptions(columns=columns, max_length=task.max_length),
         task.targets,
-        context=context_length(model),
+        context=num_positions(model),
     )
     started = time.monotonic()
     outputs = _outputs(model, examples, task, options.batch_size)

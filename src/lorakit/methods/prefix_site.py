@@ -12,7 +12,7 @@ from lorakit.adapters.targets import base_modules
 from lorakit.errors import TargetError
 from lorakit.layers.prefix import Positions
 from lorakit.models.blocks import Block, transformer_blocks
-from lorakit.models.positions import context_length, first_position, position_tables
+from lorakit.models.positions import first_position, num_positions, position_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def prefix_site(model: nn.Module) -> PrefixSite:
         width=blocks[0].width,
         causal=blocks[0].kind == "decoder",
         positions=positions,
-        context=context_length(model),
+        context=num_positions(model),
     )
 
 
@@ -105,5 +105,5 @@ def _layers(
 def _positions(backbone: PreTrainedModel) -> Positions:
     given = "position_ids" in inspect.signature(backbone.forward).parameters
     learned = bool(position_tables(backbone))
-    limit = context_length(backbone) if learned else None
+    limit = num_positions(backbone) if learned else None
     return Positions(given, first_position(backbone), limit)

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from lorakit.layers.prefix import num_special_positions
+from lorakit.models.positions import num_positions
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens the model's positions have room for, or None where they have no end."""
-    # Absent for relative positions (T5) and ALiBi (BLOOM), which have no end.
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Tokens the model's positions have room for beside a prefix's, or None without an end."""
+    longest = num_positions(model)
     return None if longest is None else longest - num_special_positions(model)
 
 

@@ -32,7 +32,7 @@ def first_position(model: nn.Module) -> int:
     return next((padding + 1 for padding in paddings if padding is not None), 0)
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def num_positions(model: PreTrainedModel) -> int | None:
     """The most tokens the model has positions for; None where there is no end (T5, ALiBi)."""
     text = model.config.get_text_config()
     values: Mapping[str, Any] = text.to_dict()

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lorakit.errors import DataError, SpecError
 from lorakit.methods.base import TrainableReport
-from lorakit.models.positions import context_length
+from lorakit.models.positions import num_positions
 
 
 def require_context(
@@ -29,7 +29,7 @@ def require_context(
         DataError: the longest row alone is more than the context.
         SpecError: the longest row and the special positions are more than the context.
     """
-    context = context_length(model)
+    context = num_positions(model)
     if context is None:
         return
     longest = max(

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import tiny_models
-from lorakit.models.positions import context_length, first_position
+from lorakit.models.positions import first_position, num_positions
 
 # Those of other configurations than RoBERTa's that number positions behind a padding index.
 BEHIND_PADDING = ["roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "longformer"]
@@ -43,14 +43,14 @@ def test_positions_behind_a_padding_index_are_found_without_names(
 ) -> None:
     model = small(model_type, 1)
     assert first_position(model) == 2
-    assert context_length(model) == 38
+    assert num_positions(model) == 38
 
 
 @pytest.mark.parametrize("model_type", FROM_ZERO)
 def test_a_table_without_a_padding_index_counts_from_zero(model_type: str) -> None:
     model = small(model_type, 1)
     assert first_position(model) == 0
-    assert context_length(model) == 40
+    assert num_positions(model) == 40
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_a_table_without_a_padding_index_counts_from_zero(model_type: str) -> No
     [("bloom", None), ("t5", None), ("llama", 2048), ("roberta", 65), ("deberta-v2", 64)],
 )
 def test_how_much_a_model_can_read(architecture: str, context: int | None) -> None:
-    assert context_length(tiny_models.build(architecture)) == context
+    assert num_positions(tiny_models.build(architecture)) == context
 
 
 def test_the_longest_row_that_is_allowed_runs_and_one_more_token_does_not() -> None:
     model = tiny_models.build("roberta").eval()
-    most = context_length(model)
+    most = num_positions(model)
     assert most is not None
     ids = torch.full((1, most), 5)
     assert model(input_ids=ids).last_hidden_state.shape[1] == most

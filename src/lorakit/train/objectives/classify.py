@@ -22,7 +22,7 @@ from lorakit.methods.base import Method
 from lorakit.models.classify import Classifier
 from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config
-from lorakit.models.positions import context_length
+from lorakit.models.positions import num_positions
 from lorakit.models.task_head import ClassificationHead, head_modules, padding_id
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import ExampleSet, Inputs, Validated
@@ -89,7 +89,7 @@ class ClassifyObjective:
             self._tokenizer,
             self._options,
             self.targets,
-            context=context_length(self.empty_model()),
+            context=num_positions(self.empty_model()),
             label=label,
         )
 
