@@ -92,15 +92,8 @@ def grouped_attention(
         )
     if packing is not None:
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        mixed = packed_attention(
-            q,
-            k,
-            v,
-            packing,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=softcap,
-            dropout=dropout,
-        )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mixed = packed_attention(q, k, v, packing, scale=scale, softcap=softcap, dropout=dropout)
         return mixed[None], None
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
