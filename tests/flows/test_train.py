@@ -98,6 +98,13 @@ def test_a_run_leaves_an_adapter_a_record_and_metrics(directory):
         "sessions": 1,
     }
     assert record["speed"]["num_examples"] == 3 * 22
+    plan = record["plan"]
+    assert plan["memory"]["predicted_bytes"] == record["memory"]["estimate"]["total_bytes"]
+    measured_bytes = record["memory"]["peak_bytes"] - record["memory"]["process_bytes"]
+    assert plan["memory"]["measured_bytes"] == measured_bytes
+    assert plan["time"]["calibrated_on_steps"] == 3
+    assert plan["time"]["measured_s"] == pytest.approx(record["speed"]["busy_s"])
+    assert plan["time"]["predicted_s"] > 0
     assert record["speed"]["num_tokens"] == 3 * record["data"]["train"]["report"]["num_tokens"]
     assert record["metrics"]["last_loss"] < record["metrics"]["first_loss"]
     assert TrainConfig.from_yaml(run / "config.yaml") == tiny_runs.config(directory)

@@ -14,6 +14,7 @@ from lorakit.adapters.attachments import (
     check_name,
     end_attachments,
     find_attachments,
+    outer_modules,
     overridden_modules,
     places,
     refuse_merged,
@@ -54,6 +55,13 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
             is on the model.
         TargetError, SpecError: see `plan_adapter`.
     """
+    return place_adapter(model, plan, name, fill=True)
+
+
+def place_adapter(
+    model: nn.Module, plan: AdapterPlan | LoraSpec, name: str, *, fill: bool
+) -> AdapterPlan:
+    """See `attach`; without `fill` the factors have no values yet, the caller gives them."""
     check_name(name)
     record = find_attachments(model)
     if record and name in record.plans:
@@ -69,15 +77,14 @@ def attach(model: nn.Module, plan: AdapterPlan | LoraSpec, name: str = "default"
     modules = base_modules(model)
     _refuse_foreign(model, plan, modules)
     _refuse_nesting(model, plan)
-    trained = {id(p): p.requires_grad for p in model.parameters()}
     record = start_attachments(model)
-    _freeze(model, record)
+    frozen = _freeze(model, record)
     try:
-        _install(model, record, plan, name, modules)
+        _install(model, record, plan, name, modules, fill)
     except BaseException:
         _take_off(model, name)
-        for parameter in model.parameters():
-            parameter.requires_grad_(trained[id(parameter)])
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         if not record.plans:
             end_attachments(model)
         raise
@@ -121,7 +128,7 @@ def _refuse_nesting(model: nn.Module, plan: AdapterPlan) -> None:
     wholes = {site.module for site in plan.overrides}
     wholes |= {module.name for module in overridden_modules(model)}
     parts = [site.module for site in (*plan.sites, *plan.overrides)]
-    parts += [m.name for m in model.modules() if isinstance(m, Wrapper)]
+    parts += [m.name for m in outer_modules(model) if isinstance(m, Wrapper)]
     for whole in wholes:
         inside = [part for part in parts if part.startswith(whole + ".")]
         if inside:
@@ -133,11 +140,35 @@ def _refuse_nesting(model: nn.Module, plan: AdapterPlan) -> None:
             )
 
 
-def _freeze(model: nn.Module, record: Attachments) -> None:
+def _freeze(model: nn.Module, record: Attachments) -> list[nn.Parameter]:
+    """Freeze the base and every adapter; returns what was not frozen before."""
     if not record.plans:
         record.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-    for parameter in model.parameters():
+    frozen: list[nn.Parameter] = []
+    wrappers: dict[str, Wrapper] = {}
+    for module in outer_modules(model):
+        frozen += [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        if isinstance(module, Wrapper):
+            wrappers[module.name] = module
+    for name, plan in record.plans.items():
+        firsts = [*plan.sites[:1], *plan.overrides[:1]]
+        # One look per adapter, so that the hundredth is attached as fast as the first.
+        if any(_learning(wrappers, first.module, name) for first in firsts):
+            for site in (*plan.sites, *plan.overrides):
+                frozen += _learning(wrappers, site.module, name)
+    for parameter in frozen:
         parameter.requires_grad_(False)
+    return frozen
+
+
+def _learning(wrappers: dict[str, Wrapper], module: str, name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter at one module that require a gradient."""
+    wrapper, held = wrappers.get(module), None
+    if isinstance(wrapper, AdaptedLayer):
+        held = wrapper.branch_of(name)
+    elif isinstance(wrapper, OverriddenModule):
+        held = wrapper.override_of(name)
+    return [p for p in held.parameters() if p.requires_grad] if held is not None else []
 
 
 def _install(
@@ -146,8 +177,9 @@ def _install(
     plan: AdapterPlan,
     name: str,
     modules: dict[str, nn.Module],
+    fill: bool,
 ) -> None:
-    wrappers = {m.name: m for m in model.modules() if isinstance(m, Wrapper)}
+    wrappers = {m.name: m for m in outer_modules(model) if isinstance(m, Wrapper)}
     holders = places(model)
     for module_name, sites in plan.modules().items():
         wrapper = wrappers.get(module_name)
@@ -158,7 +190,7 @@ def _install(
                 settle(base)
             wrapper = AdaptedLayer(base, kind=kind, routing=record.routing, name=module_name)
             _replace(holders, base, wrapper)
-        wrapper.factors[module_key(name)] = new_branch(wrapper, sites, plan.spec)
+        wrapper.factors[module_key(name)] = new_branch(wrapper, sites, plan.spec, fill=fill)
     for site in plan.overrides:
         wrapper = wrappers.get(site.module)
         base = modules[site.module]
@@ -279,7 +311,7 @@ def _take_off(model: nn.Module, name: str) -> None:
         if key in module.overrides:
             del module.overrides[key]
     holders = places(model)
-    for wrapper in [m for m in model.modules() if isinstance(m, Wrapper)]:
+    for wrapper in [m for m in outer_modules(model) if isinstance(m, Wrapper)]:
         empty = (isinstance(wrapper, AdaptedLayer) and not len(wrapper.factors)) or (
             isinstance(wrapper, OverriddenModule) and not len(wrapper.overrides)
         )

@@ -129,20 +129,37 @@ def check_name(name: str) -> None:
         )
 
 
+def outer_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The base's modules and the wrappers around them, each once, without what adapters hold.
+
+    Unlike `model.modules()` it takes the same time however many adapters are attached.
+    """
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        inside = [module.base] if isinstance(module, Wrapper) else module._modules.values()
+        waiting.extend(child for child in reversed(list(inside)) if child is not None)
+
+
 def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
     """Every wrapped layer, once."""
-    return (module for module in model.modules() if isinstance(module, AdaptedLayer))
+    return (module for module in outer_modules(model) if isinstance(module, AdaptedLayer))
 
 
 def overridden_modules(model: nn.Module) -> Iterator[OverriddenModule]:
     """Every module with replaced parameters, once."""
-    return (module for module in model.modules() if isinstance(module, OverriddenModule))
+    return (module for module in outer_modules(model) if isinstance(module, OverriddenModule))
 
 
 def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """id(module) -> every (parent, attribute) that holds it; shared modules have several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    for parent in outer_modules(model):
         # Not named_children(): it leaves out a second attribute that holds the same child.
         for attribute, child in parent._modules.items():
             if child is not None and not isinstance(parent, Wrapper):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter, Factors
-from lorakit.adapters.attach import attach, detach
+from lorakit.adapters.attach import detach, place_adapter
 from lorakit.adapters.attachments import (
     adapted_layers,
     attachments_of,
@@ -20,6 +20,7 @@ from lorakit.adapters.attachments import (
 )
 from lorakit.adapters.identity import require_same_base
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
+from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
@@ -63,7 +64,9 @@ def bind_adapter(
     plan = _plan_for(model, adapter, problems)
     if not any_base:
         require_same_base(model, adapter.passport)
-    attach(model, plan, name)
+    # Starts that look at the weight or at data keep something of it beside the factors.
+    fill = adapter.spec.init in NONZERO_INITS | DATA_INITS
+    place_adapter(model, plan, name, fill=fill)
     try:
         _fill(model, adapter, name)
     except BaseException:
@@ -248,12 +251,13 @@ def _override_sites(
 
 
 def _fill(model: nn.Module, adapter: Adapter, name: str) -> None:
+    by_module = adapter.modules()
     with torch.no_grad():
         for layer in adapted_layers(model):
             branch = layer.branch_of(name)
             if branch is None:
                 continue
-            mine = adapter.modules()[layer.name].values()
+            mine = by_module[layer.name].values()
             for update, factors in zip(branch.updates(), mine, strict=True):
                 update.awaits_data = False
                 update.lora_A.copy_(factors.A)

@@ -24,8 +24,16 @@ def trainable_copy(parameter: Tensor) -> Tensor:
     return parameter.detach().to(dtype, copy=True)
 
 
-def new_branch(layer: AdaptedLayer, sites: Sequence[Site], spec: LoraSpec) -> Branch:
+def new_branch(
+    layer: AdaptedLayer, sites: Sequence[Site], spec: LoraSpec, *, fill: bool = True
+) -> Branch:
     """The learned part of a new adapter at one layer, at its start.
+
+    Args:
+        layer: where it goes.
+        sites: the layer's sites.
+        spec: the request.
+        fill: give A and B their start; False where the caller fills them at once.
 
     Raises:
         SpecError: DoRA on a weight with a row of zeros.
@@ -37,7 +45,8 @@ def new_branch(layer: AdaptedLayer, sites: Sequence[Site], spec: LoraSpec) -> Br
         shape_A, shape_B = layer.kind.factor_shapes(site.shape, site.r)
         lora_A = torch.empty(shape_A, dtype=dtype, device=weight.device)
         lora_B = torch.empty(shape_B, dtype=dtype, device=weight.device)
-        layer.kind.init(lora_A, lora_B, spec.init)
+        if fill or site.update == "dora":
+            layer.kind.init(lora_A, lora_B, spec.init)
         update = LowRank(
             lora_A,
             lora_B,

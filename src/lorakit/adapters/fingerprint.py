@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -151,13 +152,16 @@ def _before_quantization(name: str, module: nn.Module) -> _Sampled:
 def sample(parameter: Tensor) -> Tensor:
     """The values of one parameter that count, (up to 16,) bfloat16 on the CPU."""
     flat = parameter.detach().reshape(-1)
-    count = min(SAMPLES_PER_TENSOR, len(flat))
+    return flat[_places(len(flat)).to(flat.device)].to(torch.bfloat16).cpu()
+
+
+@lru_cache(maxsize=4096)
+def _places(size: int) -> Tensor:
+    """Where a tensor of so many numbers is looked at; asked for again at every load."""
+    count = min(SAMPLES_PER_TENSOR, size)
     # Spread over the tensor and off its regular grid, so that rows and columns are both visited.
-    places = [
-        (i * len(flat)) // count + (i * 7919) % max(1, len(flat) // count) for i in range(count)
-    ]
-    index = torch.tensor(places, device=flat.device)
-    return flat[index].to(torch.bfloat16).cpu()
+    places = [(i * size) // count + (i * 7919) % max(1, size // count) for i in range(count)]
+    return torch.tensor(places, dtype=torch.long, device="cpu")
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

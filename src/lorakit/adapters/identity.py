@@ -24,6 +24,9 @@ def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]
     record = find_attachments(model)
     if record is not None and record.base_fingerprint is not None:
         found = record.base_fingerprint
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        # A model that is only planned has no values, and what it says has no fingerprint.
+        found = {}
     else:
         found = fingerprint(model, left_out=left_out).to_json()
     config: Any = getattr(model, "config", None)

@@ -22,7 +22,7 @@ from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("lorakit.cli.demo", "teach a small real model a task and prove it, in minutes"),
     "doctor": ("lorakit.cli.doctor", "show what a config would train on, before it trains"),
-    "plan": ("lorakit.cli.plan", "count the parameters and bytes of an adapter, nothing loaded"),
+    "plan": ("lorakit.cli.plan", "count parameters, memory and time of a run, nothing loaded"),
     "train": ("lorakit.cli.train", "train an adapter from a YAML config"),
     "eval": ("lorakit.cli.eval", "compare the base and an adapter on a data file"),
     "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.layers.fused import fused_forward
+from lorakit.layers.inference import added_in_place
 from lorakit.layers.kinds import LayerKind
 from lorakit.layers.low_rank import Branch
 from lorakit.layers.routing import Routing, row_groups
 from lorakit.weights.storage import base_weight
 
 
+@cache
 def module_key(name: str) -> str:
     """An adapter's name as a key of nn.ModuleDict, which forbids dots and its own attributes."""
     return "@" + name.replace(".", "·")
@@ -59,8 +62,8 @@ class AdaptedLayer(Wrapper):
 
     def branch_of(self, name: str) -> Branch | None:
         """What the adapter `name` does here, or None when it does nothing."""
-        key = module_key(name)
-        branch = self.factors[key] if key in self.factors else None  # noqa: SIM401
+        # The table itself: this runs once per layer and step, and a step may be one token.
+        branch = self.factors._modules.get(module_key(name))
         return branch if isinstance(branch, Branch) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +83,10 @@ class AdaptedLayer(Wrapper):
         branch = self.branch_of(active)
         if branch is None:
             return self.base(x)
+        if not torch.is_grad_enabled():
+            answered = added_in_place(self.base, branch, x)
+            if answered is not None:
+                return answered
         fused = fused_forward(self.base, branch, x)
         return self._add(branch, x, self.base(x)) if fused is None else fused
 

@@ -23,6 +23,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.layers.low_rank import Branch
 
+# Types of a parameter that is nothing but its numbers; the second is one without memory, which a
+# planned step runs on.
+_ORDINARY = ("Parameter", "FakeTensor")
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -74,7 +78,7 @@ def frozen_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return None
     own = dict(base.named_parameters(recurse=False))
-    ordinary = all(type(p) is nn.Parameter and not p.requires_grad for p in own.values())
+    ordinary = all(type(p).__name__ in _ORDINARY and not p.requires_grad for p in own.values())
     if "forward" in vars(base) or not ordinary or "weight" not in own:
         return None
     weight = own["weight"] if type(base) is nn.Linear else own["weight"].T

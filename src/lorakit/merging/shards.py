@@ -1,19 +1,20 @@
-"""Write the merged checkpoint: one shard in memory at a time."""
+"""Write the merged checkpoint: one tensor in memory at a time."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lorakit.errors import MergeError
+from lorakit.errors import MergeError, OutputError
 from lorakit.files import write_json
 from lorakit.merging.plan import MergePlan, TensorChange, changed_value, updated_config
-from lorakit.models.checkpoint import copy_companions, unreadable
+from lorakit.merging.stream import SourceFile, Stored, write_header, write_tensor
+from lorakit.models.checkpoint import copy_companions
 from lorakit.progress import track
 
 _INDEX = "model.safetensors.index.json"
@@ -70,48 +71,70 @@ def write_shards(plan: MergePlan, output: Path) -> list[StoredChange]:
 def _write_shard(
     plan: MergePlan, file: Path, output: Path, changes: list[StoredChange]
 ) -> tuple[list[str], int]:
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(str(file), framework="pt") as source:
-            metadata = source.metadata() or {"format": "pt"}
-            for name in source.keys():  # noqa: SIM118
-                stored = source.get_tensor(name)
-                planned = plan.changes.get(name, ())
-                if not any(change.target == name for change in planned):
-                    tensors[name] = stored
-                for change in planned:
-                    value, report = _merge_one(plan, change, stored)
-                    tensors[change.target] = value
+    with SourceFile(file) as source:
+        # A tied tensor that is untied by the merge is written under each of its names.
+        order: list[tuple[Stored, TensorChange | None]] = []
+        for stored in source.tensors:
+            planned = plan.changes.get(stored.name, ())
+            if not any(change.target == stored.name for change in planned):
+                order.append((stored, None))
+            order += [(stored.renamed(change.target), change) for change in planned]
+        try:
+            with (output / file.name).open("wb") as target:
+                num_bytes = write_header(target, [entry for entry, _ in order], source.metadata)
+                for entry, change in order:
+                    report = _write_one(plan, source, target, entry, change)
                     if report is not None:
                         changes.append(report)
-    except (SafetensorError, OSError) as error:
-        raise unreadable(file, error) from error
-    save_file(tensors, str(output / file.name), metadata=metadata)
-    return list(tensors), sum(t.numel() * t.element_size() for t in tensors.values())
+        except OSError as error:
+            raise OutputError(
+                "the merged shard cannot be written",
+                where=str(output / file.name),
+                found=str(error),
+                remedy="free some space on the disk",
+            ) from error
+    return [entry.name for entry, _ in order], num_bytes
+
+
+def _write_one(
+    plan: MergePlan,
+    source: SourceFile,
+    target: BinaryIO,
+    entry: Stored,
+    change: TensorChange | None,
+) -> StoredChange | None:
+    if change is None or (change.module is None and change.override is None):
+        # Not changed; or tied to something that changes, and from now on with values of its own.
+        source.copy(entry, target)
+        return None
+    value, report = _merge_one(plan, change, source.read(entry))
+    write_tensor(target, value)
+    return report
 
 
 def _merge_one(
     plan: MergePlan, change: TensorChange, stored: Tensor
-) -> tuple[Tensor, StoredChange | None]:
-    if change.module is None and change.override is None:
-        # Tied to something that changes: from now on it has values of its own.
-        return stored.clone(), None
+) -> tuple[Tensor, StoredChange]:
     delta, wanted = changed_value(change, stored, plan.adapter)
     value = wanted.to(stored.dtype)
-    if not bool(torch.isfinite(value).all()):
+    # What rounding made of it; mixed dtypes are subtracted in one pass, without a wide copy.
+    error = value - wanted
+    lowest, highest = (float(bound) for bound in torch.aminmax(error))
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise MergeError(
             "a merged weight is not finite",
             where=change.target,
             found=f"the largest change is {float(delta.abs().max()):.3g}, stored as {stored.dtype}",
             remedy="check the adapter, or merge into a wider dtype",
         )
-    actual = value.to(wanted.dtype) - stored.to(wanted.dtype)
-    wanted_square = float((delta * delta).sum())
-    survival = float((actual * delta).sum()) / wanted_square if wanted_square else 1.0
+    flat = delta.reshape(-1)
+    wanted_square = float(torch.dot(flat, flat))
+    # <value - base, delta>, where value - base = delta + error.
+    along = wanted_square + float(torch.dot(error.reshape(-1), flat))
     return value, StoredChange(
         name=change.target,
         dtype=str(stored.dtype).removeprefix("torch."),
         delta_norm=wanted_square**0.5,
-        max_abs_error=float((value.to(wanted.dtype) - wanted).abs().max()),
-        survival=survival,
+        max_abs_error=max(-lowest, highest),
+        survival=along / wanted_square if wanted_square else 1.0,
     )

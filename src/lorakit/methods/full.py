@@ -137,7 +137,7 @@ def _copy_tokenizer(model: PreTrainedModel, staging: Path) -> None:
     if not ref:
         return
     try:
-        copy_companions(resolve_model(ref, config_only=True).path, staging)
+        copy_companions(resolve_model(ref, files="small").path, staging)
     except ModelError as error:
         warnings.warn(
             f"the model is saved without its tokenizer: {error.what}", LorakitWarning, stacklevel=4

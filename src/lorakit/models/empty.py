@@ -13,7 +13,7 @@ from lorakit.models.task_head import ClassificationHead, classifier_class
 
 
 def empty_model(ref: Ref) -> PreTrainedModel:
-    """A base model without its weights; from a hub, only the small files are downloaded.
+    """A base model without its weights; from a hub, config.json alone is downloaded.
 
     Args:
         ref: see `lorakit.models.load.load_model`.

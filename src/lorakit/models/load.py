@@ -125,16 +125,16 @@ def load_tokenizer(ref: Ref) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the model cannot be found, or has no tokenizer that can be read.
     """
-    return _tokenizer_of(resolve_model(ref, config_only=True))
+    return _tokenizer_of(resolve_model(ref, files="small"))
 
 
 def load_config(ref: Ref) -> PretrainedConfig:
-    """The configuration of a base model; from a hub, no weights are downloaded.
+    """The configuration of a base model; from a hub, config.json alone is downloaded.
 
     Raises:
         ModelError: the model cannot be found, or its configuration is not one transformers knows.
     """
-    return _config_of(resolve_model(ref, config_only=True).path)
+    return _config_of(resolve_model(ref, files="config").path)
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -16,6 +16,7 @@ from lorakit.models.gguf import converted
 from lorakit.models.named import NAMED_MODELS, find_named
 
 Origin = Literal["hub", "directory", "gguf", "wheel"]
+Files = Literal["all", "small", "config"]
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 # Second copies of the weights in other layouts: often as large as the model itself.
@@ -39,12 +40,13 @@ class ResolvedModel:
     origin: Origin
 
 
-def resolve_model(ref: str | os.PathLike[str], *, config_only: bool = False) -> ResolvedModel:
+def resolve_model(ref: str | os.PathLike[str], *, files: Files = "all") -> ResolvedModel:
     """The local directory of a model: found, downloaded or, for a GGUF file, converted once.
 
     Args:
         ref: a named model, a directory, a .gguf file or a hub id, tried in that order.
-        config_only: from a hub, download the small files but no weights.
+        files: what is downloaded from a hub: all, the small ones but no weights, or config.json
+            alone.
 
     Raises:
         ModelError: nothing is there, or what is there is not a model.
@@ -68,7 +70,7 @@ def resolve_model(ref: str | os.PathLike[str], *, config_only: bool = False) -> 
             expected="a .gguf file, or the directory that holds config.json and *.safetensors",
             remedy="give the directory, or a GGUF file",
         )
-    return ResolvedModel(ref=text, name=text, path=_from_hub(text, config_only), origin="hub")
+    return ResolvedModel(ref=text, name=text, path=_from_hub(text, files), origin="hub")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -132,10 +134,14 @@ def _listing(directory: Path) -> str:
     return shown or "an empty directory"
 
 
-def _from_hub(ref: str, config_only: bool) -> Path:
-    files = [pattern for pattern in _HUB_FILES if not (config_only and "safetensors" in pattern)]
+def _from_hub(ref: str, files: Files) -> Path:
+    wanted = {
+        "all": list(_HUB_FILES),
+        "small": [pattern for pattern in _HUB_FILES if "safetensors" not in pattern],
+        "config": ["config.json"],
+    }[files]
     try:
-        path = snapshot_download(ref, allow_patterns=files, ignore_patterns=list(_HUB_SKIP))
+        path = snapshot_download(ref, allow_patterns=wanted, ignore_patterns=list(_HUB_SKIP))
     except HFValidationError as error:
         raise _missing(ref, "no such directory or file, and not a hub id") from error
     except LocalEntryNotFoundError as error:

@@ -25,15 +25,16 @@ from lorakit.formatting import format_bytes, format_share
 from lorakit.methods.base import TrainableReport
 from lorakit.models.load import load_tokenizer, resolve_dtype
 from lorakit.models.quantizable import holds_four_bit, mark_four_bit
-from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
-from lorakit.train.context import require_context
-from lorakit.train.memory import (
-    BatchShape,
+from lorakit.planner.memory import (
     MemoryEstimate,
-    estimate_memory,
+    TrainingSetup,
+    estimate_training,
     free_memory_bytes,
     require_room,
 )
+from lorakit.planner.step import BatchShape
+from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
+from lorakit.train.context import require_context
 from lorakit.train.objectives.base import ExampleSet, Objective
 from lorakit.train.objectives.registry import build_objective
 from lorakit.train.storage import require_storage
@@ -80,7 +81,8 @@ class Preparation:
         plan: what the method trains.
         num_base_params: parameters of the base.
         dtype: what the base's weights are kept in.
-        memory: the estimate.
+        batch: the largest batch.
+        memory: the estimate for it.
         free_bytes: memory that was free.
         device: where the run computes.
         bf16: whether the forward pass is autocast to bfloat16.
@@ -96,6 +98,7 @@ class Preparation:
     plan: TrainableReport
     num_base_params: int
     dtype: torch.dtype
+    batch: BatchShape
     memory: MemoryEstimate
     free_bytes: int
     device: torch.device
@@ -140,7 +143,7 @@ class Preparation:
 
     def notes(self) -> list[str]:
         """What the user should know, one sentence each."""
-        found = list(self.plan.notes)
+        found = [*self.plan.notes, *self.memory.notes]
         if self.beside:
             found.append(f"the new head is trained beside: {', '.join(self.beside)}")
         if self.plan.in_base_dtype and self.dtype == torch.bfloat16:
@@ -171,14 +174,9 @@ def prepare(config: TrainConfig) -> Preparation:
     device = default_device()
     num_base_params = sum(p.numel() for p in base.parameters())
     dtype = _dtype(config, plan, device)
-    memory = estimate_memory(
-        base,
-        plan,
-        _largest_batch(data, objective, config.train.batch_size, plan.extra_positions),
-        dtype=dtype,
-        checkpointing=config.train.gradient_checkpointing,
-        four_bit=holds_four_bit(base),
-    )
+    setup = _setup(config, dtype, device, four_bit=holds_four_bit(base))
+    batch = _largest_batch(data, objective, config.train.batch_size)
+    memory = estimate_training(base, config.make_method(beside), batch, setup).memory
     free_bytes = free_memory_bytes(device)
     require_room(memory, free_bytes)
     if memory.total_bytes > free_bytes:
@@ -199,13 +197,27 @@ def prepare(config: TrainConfig) -> Preparation:
         plan=plan,
         num_base_params=num_base_params,
         dtype=dtype,
+        batch=batch,
         memory=memory,
         free_bytes=free_bytes,
         device=device,
-        bf16=resolve_bf16(config, device),
+        bf16=setup.bf16,
         steps_per_epoch=per_epoch,
         max_steps=config.train.max_steps
         or math.ceil((config.train.epochs or DEFAULT_EPOCHS) * per_epoch),
+    )
+
+
+def _setup(
+    config: TrainConfig, dtype: torch.dtype, device: torch.device, *, four_bit: bool
+) -> TrainingSetup:
+    return TrainingSetup(
+        dtype=dtype,
+        four_bit=four_bit,
+        bf16=resolve_bf16(config, device),
+        checkpointing=config.train.gradient_checkpointing,
+        attention=config.model.attention,
+        device=device.type,
     )
 
 
@@ -299,10 +311,7 @@ def resolve_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.train.precision == "bf16"
 
 
-def _largest_batch(
-    data: RunData, objective: Objective, batch_size: int, extra_positions: int
-) -> BatchShape:
+def _largest_batch(data: RunData, objective: Objective, batch_size: int) -> BatchShape:
     rows = min(batch_size, len(data.train))
     labels = objective.most_labels(data.train, rows)
-    longest = max(data.train.lengths) + extra_positions
-    return BatchShape(rows=rows, length=longest, labels=labels)
+    return BatchShape(rows=rows, length=max(data.train.lengths), labels=labels)

@@ -19,6 +19,9 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.metrics import Line
 from lorakit.train.prepare import Preparation
 
+# The time of a run is predicted from so many of its first steps, where it has enough of them.
+_CALIBRATION_STEPS, _FEWEST_STEPS = 3, 8
+
 
 class Clock:
     """Seconds by phase, and in all."""
@@ -94,6 +97,7 @@ def run_record(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of run.json: plain values only."""
+    peak_bytes = peak_memory_bytes()
     return {
         "kind": "train",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,11 +116,13 @@ def run_record(
         **prepared.objective.facts(),
         "timing": facts["timing"],
         "memory": {
-            "estimate": {**asdict(prepared.memory), "total_bytes": prepared.memory.total_bytes},
+            "estimate": prepared.memory.to_json(),
             "free_before_bytes": prepared.free_bytes,
+            "process_bytes": facts["process_bytes"],
             "loaded_bytes": facts["loaded_bytes"],
-            "peak_bytes": peak_memory_bytes(),
+            "peak_bytes": peak_bytes,
         },
+        "plan": _plan_and_truth(prepared, peak_bytes - facts["process_bytes"], lines),
         "precision": "bf16" if prepared.bf16 else "fp32",
         "device": prepared.device.type,
         "seed": config.seed,
@@ -129,6 +135,39 @@ def run_record(
 def _dtype_name(prepared: Preparation) -> str:
     """What the base was kept in; the config may leave it to the method and the device."""
     return str(prepared.dtype).removeprefix("torch.")
+
+
+def _plan_and_truth(
+    prepared: Preparation, measured_bytes: int, lines: list[Line]
+) -> dict[str, Any]:
+    """What was predicted beside what was measured; memory above that of the process itself."""
+    predicted_bytes = prepared.memory.total_bytes
+    return {
+        "batch": asdict(prepared.batch),
+        "memory": {
+            "predicted_bytes": predicted_bytes,
+            "measured_bytes": measured_bytes,
+            "ratio": predicted_bytes / max(1, measured_bytes),
+        },
+        "time": _predicted_time([line for line in lines if "loss" in line]),
+    }
+
+
+def _predicted_time(steps: list[Line]) -> dict[str, Any] | None:
+    """The time of all steps at the pace of the first few; None where there are too few steps."""
+    if len(steps) < _FEWEST_STEPS:
+        return None
+    # The first step also fills caches and makes the optimizer's state.
+    first = steps[1 : 1 + _CALIBRATION_STEPS]
+    pace = sum(line["step_s"] for line in first) / max(1, sum(s["num_tokens"] for s in first))
+    predicted_s = pace * sum(line["num_tokens"] for line in steps)
+    measured_s = sum(line["step_s"] for line in steps)
+    return {
+        "calibrated_on_steps": len(first),
+        "predicted_s": predicted_s,
+        "measured_s": measured_s,
+        "ratio": predicted_s / max(measured_s, 1e-9),
+    }
 
 
 def _adapter_facts(config: TrainConfig, report: TrainableReport) -> dict[str, Any]:

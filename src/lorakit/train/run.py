@@ -21,6 +21,7 @@ from lorakit.files import write_json, write_text
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.attention import use_attention
+from lorakit.models.checkpointing import checkpoint_activations
 from lorakit.models.fast_layers import use_fast_layers
 from lorakit.models.nf4 import Quantization, quantization_of
 from lorakit.progress import progress
@@ -151,6 +152,7 @@ class _Run:
         self.passport = passport(config, prepared)
         # Set by load() and fit().
         self.model: PreTrainedModel
+        self.process_bytes: int
         self.loaded_bytes: int
         self.report: TrainableReport
         self.quantization: Quantization | None = None
@@ -158,6 +160,7 @@ class _Run:
 
     def load(self) -> None:
         """Load the base and attach the adapter."""
+        self.process_bytes = memory_bytes()
         base = self.config.model
         self.model = self.prepared.objective.load_model(self.prepared.dtype)
         self.quantization = quantization_of(self.model)
@@ -178,7 +181,7 @@ class _Run:
         if self.start is None:
             self._start_from_data()
         if self.config.train.gradient_checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
 
     def _start_from_data(self) -> None:
         batches = first_batches(
@@ -261,6 +264,7 @@ class _Run:
             facts={
                 "final": metrics,
                 "base_sha256": self.identity["base_sha256"],
+                "process_bytes": self.process_bytes,
                 "loaded_bytes": self.loaded_bytes,
                 "quantization": None if self.quantization is None else self.quantization.to_json(),
                 "timing": clock.seconds(),
@@ -338,15 +342,6 @@ class _Run:
             options=steps,
             callbacks=callbacks,
         )
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # The newer name first: transformers drops the older one in version 6.
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
 
 
 def training_arguments(config: TrainConfig, max_steps: int) -> TrainingArguments:

@@ -19,10 +19,10 @@ from lorakit.errors import TrainingError
 from lorakit.formatting import format_number
 from lorakit.math.preference import dpo_losses, ipo_losses, kto_losses, orpo_penalties
 from lorakit.methods.base import Method
+from lorakit.models.empty import empty_model
 from lorakit.models.label_head import LabelHead, LabelLogits, evaluating, require_head
-from lorakit.models.load import load_base_model, load_config
+from lorakit.models.load import load_base_model
 from lorakit.train.config import TrainConfig
-from lorakit.train.memory import empty_model
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
 from lorakit.train.preference_section import PreferenceSection
 
@@ -57,7 +57,7 @@ class PreferenceObjective:
 
     def empty_model(self) -> PreTrainedModel:
         """The base as it is."""
-        base = empty_model(load_config(self._config.model.ref))
+        base = empty_model(self._config.model.ref)
         require_head(base)
         return base
 

@@ -16,11 +16,11 @@ from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
 from lorakit.methods.base import Method
 from lorakit.models.attention import GROUPED, use_attention
+from lorakit.models.empty import empty_model
 from lorakit.models.label_head import LabelHead, require_head
-from lorakit.models.load import load_base_model, load_config
+from lorakit.models.load import load_base_model
 from lorakit.models.packing import can_pack
 from lorakit.train.config import TrainConfig
-from lorakit.train.memory import empty_model
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
 
 
@@ -44,7 +44,7 @@ class SftObjective:
 
     def empty_model(self) -> PreTrainedModel:
         """The base as it is."""
-        base = empty_model(load_config(self._config.model.ref))
+        base = empty_model(self._config.model.ref)
         require_head(base)
         return base
 
