@@ -19,6 +19,7 @@ LADDER = {
     "packed": "no padding: a batch is one row of real tokens",
     "shared": "the start that all rows have in common once",
     "layers": "one autograd function for a whole decoder layer",
+    "pages": "memory in pages of 2 MiB",
 }
 _NEEDS = {
     "chunks": ("labels",),
@@ -32,7 +33,6 @@ _PEERS = {
     "trl-best": "the same, no checkpointing, rows grouped by length",
     "trl-padding-free": "the same, no checkpointing, padding_free",
     "lorakit": "lorakit train, its defaults",
-    "lorakit-huge": "lorakit train, memory in 2 MiB pages",
     "lorakit-full": "lorakit train, method: full",
     "lorakit-profiled": "lorakit train, profiled",
 }
@@ -43,7 +43,7 @@ def _means() -> dict[str, frozenset[str]]:
     for name in LADDER:
         arms[f"only {name}"] = frozenset({name, *_NEEDS.get(name, ())})
     everything = frozenset(LADDER)
-    for name in ("shared", "layers", "lengths"):
+    for name in ("shared", "layers", "pages"):
         arms[f"without {name}"] = everything - {name}
     arms["all"] = everything
     return arms
@@ -57,6 +57,11 @@ def describe(name: str) -> str:
     if name in _PEERS:
         return _PEERS[name]
     return "lorakit train with " + (", ".join(sorted(MEANS[name])) or "the general path alone")
+
+
+def has_huge_pages(name: str) -> bool:
+    """Whether the arm's memory comes in 2 MiB pages, as the verbs of lorakit that train have it."""
+    return "pages" in MEANS.get(name, ()) or name.startswith("lorakit")
 
 
 def peer_versions() -> dict[str, str]:

@@ -68,6 +68,7 @@ def _start(args: argparse.Namespace, name: str, rows: Path) -> Worker:
         "seed": args.seed,
         "model": args.model,
         "verbose": args.verbose,
+        "huge_pages": train_arms.has_huge_pages(name),
         "checks": name != "lorakit-full",
     }
     print(f"starting {name}: {train_arms.describe(name)}", flush=True)
@@ -178,10 +179,17 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _append(path: Path, document: dict[str, Any]) -> None:
-    """One file holds the newest run of each kind and precision."""
+    """One file holds the newest run of each kind, precision and setting.
+
+    Arms that were measured in several commands (each against its own reference) come together.
+    """
     known = json.loads(path.read_text()) if path.exists() else {"benchmark": "train_speed"}
     runs = known.setdefault("runs", {})
-    runs[f"{document['kind']}-{document['setting']['precision']}"] = document
+    name = f"{document['kind']}-{document['setting']['precision']}"
+    earlier = runs.get(name, {})
+    if earlier.get("setting") == document["setting"]:
+        document = {**document, "arms": {**earlier["arms"], **document["arms"]}}
+    runs[name] = document
     write_json(path, known)
 
 

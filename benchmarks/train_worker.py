@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 SETTING = "LORAKIT_TRAIN_ARM"
-# 4 KiB pages cost a fault each; see docs/speed.md.
+# What `lorakit.pages` sets for the verbs that train.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _FACTOR = re.compile(r"layers\.(\d+)\.\w+\.(\w+)\..*lora_([AB])")
 
@@ -37,8 +37,7 @@ class Worker:
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
         }
-        if "huge" in setting["arm"]:
-            environment[HUGE_PAGES] = "1"
+        environment[HUGE_PAGES] = "1" if setting["huge_pages"] else "0"
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__))],
             stdin=subprocess.PIPE,

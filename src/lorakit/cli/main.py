@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol, TextIO, cast
 
 from lorakit.cli import console
 from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
+from lorakit.pages import use_huge_pages
 
 # Only the chosen verb's module is imported: the help must not wait for torch.
 VERBS: dict[str, tuple[str, str]] = {
@@ -37,6 +38,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 INTERRUPTED = 130
+# Set before torch is imported; see `lorakit.pages`.
+_TRAINING = ("compare", "demo", "sweep", "train")
 
 
 class Verb(Protocol):
@@ -105,6 +108,8 @@ def _dispatch(words: list[str], as_json: bool) -> int:
 
 
 def _run_verb(name: str, words: list[str], as_json: bool) -> int:
+    if name in _TRAINING:
+        use_huge_pages()
     parser = build_parser(name)
     # Intermixed: `train config.yaml lr=1e-3 --resume epochs=2` is natural and must work.
     args = parser.parse_intermixed_args(words)
