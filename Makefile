@@ -75,8 +75,11 @@ bench-compare-e2e: setup  ## ten methods on E2E (needs half an hour): make bench
 bench-train: setup  ## training speed against PEFT and TRL (needs minutes): make bench-train DATA=DIR
 	$(PIP) install --no-deps 'trl>=1.16'
 	$(BIN)/python benchmarks/train_speed.py --data $(DATA)
-	$(BIN)/python benchmarks/train_speed.py --data $(DATA) --means
+	$(BIN)/python benchmarks/train_means.py --data $(DATA)
 	$(BIN)/python benchmarks/train_speed.py --data $(DATA) --profile
+
+bench-gpu: setup  ## a Llama-3-8B shape on one GPU, against PEFT with and without Liger
+	$(BIN)/python benchmarks/train_gpu.py
 
 clean:  ## remove what builds and tools leave; keeps .venv and runs/
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache src/*.egg-info

@@ -1,4 +1,4 @@
-"""The arms of `train_speed.py`: who trains, and with which of lorakit's means."""
+"""The arms of `train_speed.py`: who trains, and how."""
 
 from __future__ import annotations
 
@@ -8,60 +8,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# What each of lorakit's means is called, and what it does.
-LADDER = {
-    "labels": "logits at the labels alone",
-    "chunks": "their loss in chunks, its gradient taken in the forward pass",
-    "linear": "one autograd function for a linear layer and its update",
-    "norms": "RMS norms that keep their input alone",
-    "grouped": "attention with the query heads of a key head in one product",
-    "lengths": "rows of similar length in a batch",
-    "packed": "no padding: a batch is one row of real tokens",
-    "shared": "the start that all rows have in common once",
-    "layers": "one autograd function for a whole decoder layer",
-    "pages": "memory in pages of 2 MiB",
-}
-_NEEDS = {
-    "chunks": ("labels",),
-    "packed": ("labels", "grouped"),
-    "shared": ("labels", "grouped", "packed"),
-    "layers": ("labels", "grouped", "packed"),
-}
 _PEERS = {
     "peft": "PEFT, transformers.Trainer's defaults",
     "trl": "PEFT, TRL's SFTTrainer's defaults (fused head, checkpointing)",
     "trl-best": "the same, no checkpointing, rows grouped by length",
     "trl-padding-free": "the same, no checkpointing, padding_free",
     "lorakit": "lorakit train, its defaults",
+    "lorakit-4k-pages": "lorakit train, memory in pages of 4 KiB",
     "lorakit-full": "lorakit train, method: full",
     "lorakit-profiled": "lorakit train, profiled",
 }
 
 
-def _means() -> dict[str, frozenset[str]]:
-    arms = {"none": frozenset[str]()}
-    for name in LADDER:
-        arms[f"only {name}"] = frozenset({name, *_NEEDS.get(name, ())})
-    everything = frozenset(LADDER)
-    for name in ("shared", "layers", "pages"):
-        arms[f"without {name}"] = everything - {name}
-    arms["all"] = everything
-    return arms
-
-
-MEANS = _means()
-
-
 def describe(name: str) -> str:
     """An arm in words."""
-    if name in _PEERS:
-        return _PEERS[name]
-    return "lorakit train with " + (", ".join(sorted(MEANS[name])) or "the general path alone")
+    return _PEERS[name]
 
 
 def has_huge_pages(name: str) -> bool:
     """Whether the arm's memory comes in 2 MiB pages, as the verbs of lorakit that train have it."""
-    return "pages" in MEANS.get(name, ()) or name.startswith("lorakit")
+    return name.startswith("lorakit") and name != "lorakit-4k-pages"
 
 
 def peer_versions() -> dict[str, str]:
@@ -83,8 +49,6 @@ class Arm:
 
     def train(self) -> None:
         """Until the parent says it is enough."""
-        if self.name in MEANS:
-            _take_away(frozenset(LADDER) - MEANS[self.name])
         trainers: dict[str, Callable[[], None]] = {"peft": self._peft}
         trainers |= {name: self._trl for name in _PEERS if name.startswith("trl")}
         trainers.get(self.name, self._lorakit)()
@@ -153,20 +117,16 @@ class Arm:
 
         bf16 = self.setting["precision"] == "bf16"
         full = self.name == "lorakit-full"
-        lengths = self.name not in MEANS or "lengths" in MEANS[self.name]
-        known = self.name not in MEANS or "grouped" in MEANS[self.name]
         config: dict[str, Any] = {
             "model": {
                 "ref": self.setting["model"],
                 **({"dtype": "bfloat16"} if bf16 and not full else {}),
-                **({} if known else {"attention": "sdpa"}),
             },
             "data": {"train": self.setting["rows"]},
             "train": {
                 "epochs": 1,
                 "batch_size": self.setting["batch_size"],
                 "precision": self.setting["precision"],
-                "length_grouping": lengths,
                 **({"lr": 1e-5} if full else {}),
             },
             "output": self.output + "/run",
@@ -235,33 +195,3 @@ def _examples(setting: dict[str, Any]) -> tuple[list[Any], Any]:
     tokenizer = load_tokenizer(setting["model"])
     rows = load_rows(Path(setting["rows"]))
     return list(build_examples(rows, tokenizer, SftOptions())), tokenizer
-
-
-def _take_away(names: frozenset[str]) -> None:
-    """Switch means off in this process, at the places where lorakit switches them on."""
-    import lorakit.layers.adapted as adapted
-    import lorakit.models.label_head as label_head
-    import lorakit.models.packing as packing
-    import lorakit.train.run as run
-
-    ways: dict[str, Callable[[], None]] = {
-        "labels": lambda: _always_full(label_head),
-        "chunks": lambda: setattr(label_head, "frozen_parameters", lambda _head: None),
-        "linear": lambda: setattr(adapted, "fused_forward", lambda *_: None),
-        "norms": lambda: setattr(run, "use_fast_norms", lambda _model: 0),
-        "packed": lambda: setattr(label_head, "takes_packed", lambda _model: False),
-        "shared": lambda: setattr(packing, "_drops", lambda _model: True),
-        "layers": lambda: setattr(run, "use_fast_layers", lambda _model: 0),
-    }
-    for name in names & ways.keys():
-        ways[name]()
-
-
-def _always_full(label_head: Any) -> None:
-    own = label_head.LabelHead.__init__
-
-    def init(self: Any, *args: Any) -> None:
-        own(self, *args)
-        self._full = self._checked = True
-
-    label_head.LabelHead.__init__ = init

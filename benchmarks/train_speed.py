@@ -7,7 +7,6 @@ arms have done the same rows however they are ordered. Before that, and to warm 
 the same factors and the same batches and must find the same losses.
 
     python benchmarks/train_speed.py --data DIR              the peers, and full fine-tuning
-    python benchmarks/train_speed.py --data DIR --means      each means of the speed alone
     python benchmarks/train_speed.py --data DIR --profile    the floor, and where the time goes
 
 DIR holds train.jsonl.gz of the E2E data set (columns context and ref).
@@ -40,7 +39,7 @@ TOLERANCE = 1e-4
 def main() -> None:
     """Measure what is asked for, print the table, write the result."""
     args = _arguments()
-    arms = args.arms or (list(train_arms.MEANS) if args.means else list(PEERS))
+    arms = args.arms or list(PEERS)
     with tempfile.TemporaryDirectory() as folder:
         rows = _write_rows(args, Path(folder))
         if args.profile:
@@ -52,10 +51,19 @@ def main() -> None:
         finally:
             for worker in workers.values():
                 worker.stop()
-    document["command"] = shlex.join(["python", *sys.argv])
+    document["command"] = command_without_paths()
     _print(document)
     _append(args.output, document)
     print(f"written to {args.output}")
+
+
+def command_without_paths() -> str:
+    """The command that was given; another machine's data and results lie elsewhere."""
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    for option, stands_for in (("--data", "DIR"), ("--output", "FILE")):
+        if option in words:
+            words[words.index(option) + 1] = stands_for
+    return shlex.join(words)
 
 
 def _start(args: argparse.Namespace, name: str, rows: Path) -> Worker:
@@ -97,7 +105,6 @@ def _measure(args: argparse.Namespace, workers: dict[str, Worker]) -> dict[str, 
         )
     return {
         "benchmark": "train_speed",
-        "kind": "means" if args.means else "peers",
         "reference": reference,
         "setting": {
             "model": args.model,
@@ -179,13 +186,13 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _append(path: Path, document: dict[str, Any]) -> None:
-    """One file holds the newest run of each kind, precision and setting.
+    """One file holds the newest run of each precision and seed.
 
     Arms that were measured in several commands (each against its own reference) come together.
     """
     known = json.loads(path.read_text()) if path.exists() else {"benchmark": "train_speed"}
     runs = known.setdefault("runs", {})
-    name = f"{document['kind']}-{document['setting']['precision']}"
+    name = f"{document['setting']['precision']}-seed-{document['setting']['seed']}"
     earlier = runs.get(name, {})
     if earlier.get("setting") == document["setting"]:
         document = {**document, "arms": {**earlier["arms"], **document["arms"]}}
@@ -221,7 +228,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="directory of the E2E data set")
     parser.add_argument("--output", type=Path, default=RESULTS / "train_speed.json")
-    parser.add_argument("--means", action="store_true", help="each means alone, not the peers")
     parser.add_argument("--arms", nargs="+", help="these arms only")
     parser.add_argument(
         "--profile",

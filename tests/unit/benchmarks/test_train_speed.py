@@ -10,6 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import tiny_models
+from learned import attach_learned
+from lorakit.adapters.spec import LoraSpec
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -49,25 +54,34 @@ def test_arms_of_one_setting_come_together_and_another_setting_replaces_them(
 ) -> None:
     module, path = script("train_speed"), tmp_path / "result.json"
 
-    def append(kind: str, steps: int, **arms: int) -> dict[str, dict[str, int]]:
-        setting = {"precision": "fp32", "steps": steps}
-        module._append(path, {"kind": kind, "setting": setting, "arms": arms})
+    def append(seed: int, steps: int, **arms: int) -> dict[str, dict[str, int]]:
+        setting = {"precision": "fp32", "seed": seed, "steps": steps}
+        module._append(path, {"setting": setting, "arms": arms})
         return {name: run["arms"] for name, run in json.loads(path.read_text())["runs"].items()}
 
-    append("peers", 3, a=1, b=1)
-    append("means", 3, a=2)
-    assert append("peers", 3, b=3) == {"peers-fp32": {"a": 1, "b": 3}, "means-fp32": {"a": 2}}
-    assert append("peers", 4, c=4)["peers-fp32"] == {"c": 4}
+    append(0, 3, a=1, b=1)
+    append(1, 3, a=2)
+    assert append(0, 3, b=3) == {"fp32-seed-0": {"a": 1, "b": 3}, "fp32-seed-1": {"a": 2}}
+    assert append(0, 4, c=4)["fp32-seed-0"] == {"c": 4}
 
 
-def test_every_means_has_an_arm_and_what_it_stands_on(script) -> None:
-    arms = script("train_arms")
-    assert arms.MEANS["none"] == frozenset()
-    assert arms.MEANS["all"] == frozenset(arms.LADDER)
-    for name in arms.LADDER:
-        assert name in arms.MEANS[f"only {name}"]
-    assert "grouped" in arms.MEANS["only packed"]
-    assert all(arms.describe(name) for name in arms.MEANS)
+def test_every_means_is_measured_alone_and_all_settings_compute_one_loss(script) -> None:
+    module = script("train_means")
+    found = module.settings()
+    assert found["none"] == frozenset()
+    assert found["all"] == frozenset(module.MEANS)
+    assert all(name in found[f"{name} alone"] for name in module.MEANS)
+    assert "grouped" in found["packed alone"]
+    model = tiny_models.build("llama")
+    attach_learned(model, LoraSpec(targets="all-linear", r=3, alpha=7.5))
+    ids = torch.randint(3, tiny_models.VOCAB, (3, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch["labels"][:, :4] = -100
+    losses = []
+    for means in found.values():
+        with module.switched(model, means) as head:
+            losses.append(head.loss(batch).item())
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-5)
 
 
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
