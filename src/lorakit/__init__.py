@@ -20,7 +20,9 @@ _EXPORTS = {
     "Site": "lorakit.adapters.plan",
     "active_adapter": "lorakit.adapters.attach",
     "attach": "lorakit.formats.peft",
+    "compose": "lorakit.adapters.composition.compose",
     "detach": "lorakit.adapters.attach",
+    "extract": "lorakit.composing.extract",
     "fingerprint": "lorakit.adapters.fingerprint",
     "initialise_from_data": "lorakit.adapters.data_init",
     "load_adapter": "lorakit.formats.peft",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.attach import attach as attach
     from lorakit.adapters.attach import detach as detach
     from lorakit.adapters.attach import use as use
+    from lorakit.adapters.composition.compose import compose as compose
     from lorakit.adapters.data_init import initialise_from_data as initialise_from_data
     from lorakit.adapters.fingerprint import fingerprint as fingerprint
     from lorakit.adapters.fold import merge as merge
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.plan import Site as Site
     from lorakit.adapters.plan import plan_adapter as plan_adapter
     from lorakit.adapters.spec import LoraSpec as LoraSpec
+    from lorakit.composing.extract import extract as extract
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.formats.peft import load_adapter as load_adapter
     from lorakit.formats.peft import save_adapter as save_adapter

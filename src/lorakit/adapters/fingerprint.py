@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -96,16 +96,26 @@ def fingerprint(model: nn.Module, *, left_out: Sequence[str] = ()) -> Fingerprin
             counts as what it was before; one that was quantized elsewhere as what it is now.
         left_out: modules whose parameters do not count.
     """
+    return fingerprint_of(_base_parameters(model, tuple(left_out)), left_out=left_out)
+
+
+def fingerprint_of(samples: Iterable[Sampled], *, left_out: Sequence[str] = ()) -> Fingerprint:
+    """The fingerprint of parameters that were sampled one by one.
+
+    Args:
+        samples: one per parameter of the base, in any order.
+        left_out: modules whose parameters are not among them.
+    """
     layout = hashlib.sha256()
     chunks: list[Tensor] = []
     dtypes: dict[str, int] = {}
-    for one in sorted(_base_parameters(model, tuple(left_out)), key=lambda one: one.name):
+    for one in sorted(samples, key=lambda one: one.name):
         layout.update(f"{one.name}{one.shape}\n".encode())
         dtype = str(one.dtype).removeprefix("torch.")
         dtypes[dtype] = dtypes.get(dtype, 0) + math.prod(one.shape)
         chunks.append(one.samples)
-    samples = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.bfloat16)
-    data = samples.view(torch.uint8).numpy().tobytes() if len(samples) else b""
+    values = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.bfloat16)
+    data = values.view(torch.uint8).numpy().tobytes() if len(values) else b""
     whole = hashlib.sha256(layout.digest() + data)
     return Fingerprint(
         sha256=whole.hexdigest(),
@@ -117,14 +127,23 @@ def fingerprint(model: nn.Module, *, left_out: Sequence[str] = ()) -> Fingerprin
     )
 
 
-class _Sampled(NamedTuple):
+class Sampled(NamedTuple):
+    """What counts of one parameter.
+
+    Attributes:
+        name: the parameter.
+        shape: its shape.
+        dtype: as it is stored.
+        samples: see `sample`.
+    """
+
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     samples: Tensor
 
 
-def _base_parameters(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[_Sampled]:
+def _base_parameters(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[Sampled]:
     seen: set[int] = set()
     for module_name, module in base_modules(model).items():
         if any(module_name == skip or module_name.startswith(skip + ".") for skip in left_out):
@@ -138,15 +157,15 @@ def _base_parameters(model: nn.Module, left_out: tuple[str, ...]) -> Iterator[_S
                 yield _before_quantization(full_name, module)
             elif parameter.is_floating_point():
                 shape = tuple(parameter.shape)
-                yield _Sampled(full_name, shape, parameter.dtype, sample(parameter))
+                yield Sampled(full_name, shape, parameter.dtype, sample(parameter))
 
 
-def _before_quantization(name: str, module: nn.Module) -> _Sampled:
+def _before_quantization(name: str, module: nn.Module) -> Sampled:
     source = source_of(module)
     if source is not None:
-        return _Sampled(name, source.shape, source.dtype, source.samples)
+        return Sampled(name, source.shape, source.dtype, source.samples)
     weight = FourBitWeight(module).read()
-    return _Sampled(name, tuple(weight.shape), weight.dtype, sample(weight))
+    return Sampled(name, tuple(weight.shape), weight.dtype, sample(weight))
 
 
 def sample(parameter: Tensor) -> Tensor:

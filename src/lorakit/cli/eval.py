@@ -137,7 +137,7 @@ def _show(result: EvalResult, source: str) -> None:
         for name in others:
             found = result.differences[name][metric].to_json()
             cells.append(format_estimate(found, share=share))
-            cells.append(_p_text(found["p_value"]))
+            cells.append(p_text(found["p_value"]))
         table.add_row(*cells)
     console.stdout().print(table)
     console.note("in brackets: 95 % intervals; p: probability of such a difference by chance")
@@ -147,5 +147,6 @@ def _show(result: EvalResult, source: str) -> None:
         console.note(f"{name}: {format_duration(system.seconds)}{speed}")
 
 
-def _p_text(p_value: float) -> str:
+def p_text(p_value: float) -> str:
+    """A p-value as it is written in tables."""
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -29,6 +29,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),
     "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
     "compare": ("lorakit.cli.compare", "compare methods on one task under one budget"),
+    "compose": ("lorakit.cli.compose", "compose several adapters into one"),
+    "convert": (
+        "lorakit.cli.convert",
+        "convert an adapter from or to another tool's format",
+    ),
+    "extract": ("lorakit.cli.extract", "make an adapter of a fine-tuned model"),
     "export": ("lorakit.cli.export", "write an adapter for another engine, print its command"),
     "serve": ("lorakit.cli.serve", "serve many adapters over one base, behind OpenAI's interface"),
     "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),

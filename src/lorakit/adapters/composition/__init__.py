@@ -1,0 +1,1 @@
+"""Adapters into one adapter: sums, sparse sums and interpolations of their changes."""

@@ -1,0 +1,1 @@
+"""Compose adapters on disk: predict, choose weights, compose, measure, save."""

@@ -1,0 +1,209 @@
+"""Convert adapters between the formats of several tools; what was written is read back first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.bind import plan_binding
+from lorakit.errors import RequestError, WorkError
+from lorakit.files import atomic_directory, require_free
+from lorakit.formats.foreign import Conversion, common_alpha
+from lorakit.formats.peft import read_adapter, write_adapter
+from lorakit.formats.peft_config import CONFIG_NAME
+from lorakit.formats.peft_experts import convert_experts, has_experts
+from lorakit.formats.registry import EXPERT_LAYOUTS, FOREIGN, PEFT, format_of, require_format
+from lorakit.models.empty import empty_model
+
+# Folding a scaling into float32 factors rounds once; nothing else may change.
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertOptions:
+    """What the files do not say.
+
+    Attributes:
+        source_format: None to look at the path.
+        alpha: the numerator of the scaling, where the format has none (loralib).
+        parts: adapted parts of fused projections, in order (loralib).
+        prefix: before every name (kohya).
+    """
+
+    source_format: str | None = None
+    alpha: float | None = None
+    parts: tuple[str, ...] = ()
+    prefix: str = "lora_te"
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    base: str | None = None,
+    options: ConvertOptions | None = None,
+) -> dict[str, Any]:
+    """Convert an adapter; the result is read back and compared before it takes its name.
+
+    Args:
+        source: a directory or file of any format.
+        output: a directory that does not exist, or is empty.
+        to: peft, mlx, gguf, kohya, loralib; peft-0.18 and peft-0.19 for PEFT's layouts of stacked
+            expert weights.
+        base: the base model; None for the one the source names. Only its configuration is read.
+        options: what the files do not say.
+
+    Returns:
+        Plain values: formats, the file to use, and the largest relative error of a change.
+
+    Raises:
+        RequestError: no such format; something is missing; what the format cannot hold.
+        AdapterFileError: the source cannot be read or does not fit the base.
+        WorkError: the result does not read back as what was written.
+        OutputError: the output is taken.
+    """
+    source, output = Path(source), Path(output)
+    options = options or ConvertOptions()
+    require_format(to)
+    require_free(output)
+    source_format = require_format(options.source_format or format_of(source))
+    if to in EXPERT_LAYOUTS:
+        return _convert_experts(source, output, to, base)
+    if source_format == PEFT and has_experts(source):
+        raise RequestError(
+            "this adapter changes stacked expert weights, which only PEFT's own layouts hold",
+            where=str(source),
+            expected=f"--to {' or '.join(EXPERT_LAYOUTS)}",
+        )
+    ref = base or _named_base(source, source_format)
+    given = Conversion(
+        model=empty_model(ref),
+        base=ref,
+        alpha=options.alpha,
+        parts=options.parts,
+        prefix=options.prefix,
+    )
+    adapter = _read(source, source_format, given)
+    with atomic_directory(output) as staging:
+        written = _write(adapter, staging, to, given)
+        error = _prove(adapter, written, to, given)
+        name = written.name if written != staging else ""
+    return {
+        "from": source_format,
+        "to": to,
+        "base": ref,
+        "output": str(output / name),
+        "num_updates": len(adapter.factors),
+        "num_params": adapter.num_params(),
+        "max_relative_error": error,
+        "alpha": _alpha(adapter),
+    }
+
+
+def _read(source: Path, name: str, given: Conversion) -> Adapter:
+    if name == PEFT or name in EXPERT_LAYOUTS:
+        return plan_binding(given.model, read_adapter(source))
+    return plan_binding(given.model, FOREIGN[name].read(source, given))
+
+
+def _write(adapter: Adapter, staging: Path, to: str, given: Conversion) -> Path:
+    if to == PEFT:
+        inside = staging / "peft"
+        write_adapter(adapter, inside)
+        for file in inside.iterdir():
+            file.rename(staging / file.name)
+        inside.rmdir()
+        return staging
+    return FOREIGN[to].write(adapter, staging, given)
+
+
+def _prove(adapter: Adapter, written: Path, to: str, given: Conversion) -> float:
+    """Read back what was written and compare every change; the largest relative error.
+
+    Raises:
+        WorkError: something is missing or differs by more than rounding.
+    """
+    again = Conversion(
+        model=given.model,
+        base=given.base,
+        alpha=_alpha(adapter),
+        parts=_parts_written(adapter),
+        prefix=given.prefix,
+    )
+    found = _read(written, to, again)
+    before, after = adapter.modules(), found.modules()
+    lost = [m for m in before if m not in after]
+    worst, where = 0.0, ""
+    for module in before if not lost else ():
+        wanted, held = _change(adapter, module), _change(found, module)
+        size = float(wanted.norm())
+        error = float((held - wanted).norm()) / size if size else float(held.norm())
+        if error > worst:
+            worst, where = error, module
+    if lost or worst > _TOLERANCE:
+        raise WorkError(
+            "what was written does not read back as what it was made from",
+            where=lost[0] if lost else where,
+            expected=f"a relative error of at most {_TOLERANCE:g}",
+            found=f"{len(lost)} modules missing" if lost else f"{worst:.3g}",
+        )
+    return worst
+
+
+def _change(adapter: Adapter, module: str) -> torch.Tensor:
+    """What the factors of a module multiply to, scaling and parts included, in float64."""
+    total = torch.zeros(())
+    for f in adapter.modules()[module].values():
+        B = f.B.flatten(1).double() * f.scaling
+        total = total + (B if f.rows is None else f.rows.spread(B.T).T) @ f.A.flatten(1).double()
+    return total
+
+
+def _alpha(adapter: Adapter) -> float:
+    """What a loralib file of this adapter is written for."""
+    sites = adapter.factors.values()
+    return common_alpha([f.scaling for f in sites], [f.r for f in sites])
+
+
+def _parts_written(adapter: Adapter) -> tuple[str, ...]:
+    parts = (n.rpartition(".")[2] for n, f in adapter.factors.items() if f.rows is not None)
+    return tuple(dict.fromkeys(parts))
+
+
+def _named_base(source: Path, source_format: str) -> str:
+    """The base that the source names itself."""
+    key = {PEFT: "base_model_name_or_path", "mlx": "model"}.get(source_format)
+    file = source / CONFIG_NAME
+    if key is not None and file.is_file():
+        try:
+            name = json.loads(file.read_text(encoding="utf-8")).get(key)
+        except (ValueError, AttributeError):
+            name = None
+        if isinstance(name, str) and name:
+            return name
+    raise RequestError(
+        "the base is needed: its configuration tells names and shapes",
+        where=str(source),
+        remedy="name it: --base REF (no weights are read)",
+    )
+
+
+def _convert_experts(source: Path, output: Path, to: str, base: str | None) -> dict[str, Any]:
+    if not has_experts(source):
+        raise RequestError(
+            "only PEFT's adapters on stacked expert weights have these two layouts",
+            where=str(source),
+            expected="target_parameters in adapter_config.json",
+            remedy="--to peft writes an ordinary adapter",
+        )
+    ref = base or _named_base(source, PEFT)
+    layout = "peft-0.18" if to == "peft-0.18" else "peft-0.19"
+    with atomic_directory(output) as staging:
+        moved = convert_experts(source, staging, empty_model(ref), layout)
+    return {"from": PEFT, "to": to, "base": ref, "output": str(output), **moved}

@@ -1,0 +1,192 @@
+"""mlx-lm's adapters: adapters.safetensors and adapter_config.json, factors transposed.
+
+`lora_a` (in, r) and `lora_b` (r, out) with y = scale (x lora_a) lora_b; for an embedding `lora_a`
+(vocabulary, r), `lora_b` (r, width); DoRA's `m` (out,). One rank and one scale for the whole file;
+`keys` name modules inside a block, or whole paths outside of the blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorakit.adapters.adapter import Adapter, Factors
+from lorakit.errors import AdapterFileError, RequestError
+from lorakit.files import write_json
+from lorakit.formats.foreign import (
+    Conversion,
+    Names,
+    WholeUpdate,
+    commonest_scaling,
+    made_adapter,
+    pairs_of,
+    read_safetensors,
+    refuse_beside,
+    whole_updates,
+)
+from lorakit.formats.peft_parts import stack_magnitudes, stack_parts
+
+_TENSORS = "adapters.safetensors"
+_CONFIG = "adapter_config.json"
+_IN_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.\d+\.(?P<inside>.+)")
+
+
+class MlxFormat:
+    """A directory with adapters.safetensors and adapter_config.json."""
+
+    name = "mlx"
+    about = "mlx-lm's adapter directory"
+
+    def recognises(self, path: Path) -> bool:
+        """A directory with adapters.safetensors."""
+        return (path / _TENSORS).is_file()
+
+    def read(self, path: Path, given: Conversion) -> Adapter:
+        """Read an adapter.
+
+        Raises:
+            AdapterFileError: no scale in the configuration, unknown names or tensors.
+        """
+        config = _read_config(path / _CONFIG)
+        tensors = read_safetensors(path / _TENSORS)
+        pairs = pairs_of(tensors, (".lora_a", ".lora_b"), path / _TENSORS)
+        magnitudes = {k.removesuffix(".m"): v for k, v in tensors.items() if k.endswith(".m")}
+        unknown = [k for k in tensors if not k.endswith((".lora_a", ".lora_b", ".m"))]
+        dora = config.get("fine_tune_type") == "dora"
+        if unknown or set(magnitudes) != (set(pairs) if dora else set()):
+            raise AdapterFileError(
+                "the file has tensors that are not low-rank updates, or lacks magnitudes",
+                where=str(path / _TENSORS),
+                expected="lora_a and lora_b" + (" and m of every update" if dora else ""),
+                found=", ".join(unknown[:6]) or f"{len(magnitudes)} of {len(pairs)} magnitudes",
+            )
+        scale = float(config["lora_parameters"]["scale"])
+        names = Names(given.model)
+        own = names.require(list(pairs), path / _TENSORS)
+        factors: dict[str, Factors] = {}
+        for key, (a, b) in pairs.items():
+            if a.ndim != 2 or b.ndim != 2:
+                raise AdapterFileError(
+                    "updates of expert weights are not read from this format",
+                    where=f"{path / _TENSORS}: {key}",
+                    found=f"lora_a {tuple(a.shape)}",
+                )
+            made = names.factors(own[key], a.T, b.T, scaling=scale, where=path)
+            factors[own[key]] = _with_magnitude(made, magnitudes.get(key))
+        adapter = made_adapter(factors, given, source=path, format_name=self.name)
+        return _as_dora(adapter) if dora else adapter
+
+    def write(self, adapter: Adapter, path: Path, given: Conversion) -> Path:
+        """Write the directory; lower ranks are padded with zeros, scalings folded into lora_b.
+
+        Raises:
+            RequestError: biases or modules trained beside, a convolution, DoRA on parts.
+        """
+        dora = adapter.spec.update == "dora"
+        updates = _dora_updates(adapter) if dora else _lora_updates(adapter)
+        scale = commonest_scaling(updates)
+        # For DoRA too: the norm of W0 + s B A does not depend on how s is split.
+        rank = max(update.A.shape[0] for update in updates)
+        tensors: dict[str, Tensor] = {}
+        for update in updates:
+            missing = rank - update.A.shape[0]
+            tensors[f"{update.module}.lora_a"] = F.pad(update.A, (0, 0, 0, missing)).T.contiguous()
+            tensors[f"{update.module}.lora_b"] = F.pad(
+                update.at(scale), (0, missing)
+            ).T.contiguous()
+            if dora:
+                tensors[f"{update.module}.m"] = stack_magnitudes(
+                    list(adapter.modules()[update.module].values()),
+                    adapter.base_norms.get(update.module),
+                ).contiguous()
+        save_file(tensors, str(path / _TENSORS), metadata={"format": "mlx"})
+        parameters = {
+            "rank": rank,
+            "scale": scale,
+            "dropout": adapter.spec.dropout,
+            "keys": sorted({_key(update.module) for update in updates}),
+        }
+        config = {
+            "fine_tune_type": "dora" if dora else "lora",
+            "model": given.base,
+            "num_layers": -1,
+            "lora_parameters": parameters,
+        }
+        write_json(path / _CONFIG, config)
+        return path
+
+
+def _key(module: str) -> str:
+    found = _IN_BLOCK.fullmatch(module)
+    return found["inside"] if found else module
+
+
+def _lora_updates(adapter: Adapter) -> list[WholeUpdate]:
+    return whole_updates(adapter, "mlx-lm", ("linear", "conv1d", "embedding"))
+
+
+def _dora_updates(adapter: Adapter) -> list[WholeUpdate]:
+    refuse_beside(adapter, "mlx-lm")
+    updates: list[WholeUpdate] = []
+    for module, sites in adapter.modules().items():
+        parts = list(sites.values())
+        if parts[0].kind not in ("linear", "conv1d"):
+            # mlx-lm measures an embedding per token, PEFT per dimension.
+            raise RequestError(
+                "mlx-lm's DoRA is another one here: only linear layers agree",
+                where=module,
+                found=parts[0].kind,
+            )
+        A, B, scaling = stack_parts(parts)
+        updates.append(WholeUpdate(module, parts[0].kind, A, B, scaling))
+    return updates
+
+
+def _with_magnitude(factors: Factors, magnitude: Tensor | None) -> Factors:
+    if magnitude is None:
+        return factors
+    return Factors(
+        A=factors.A,
+        B=factors.B,
+        alpha=factors.alpha,
+        scaling=factors.scaling,
+        kind=factors.kind,
+        module=factors.module,
+        magnitude=magnitude,
+    )
+
+
+def _as_dora(adapter: Adapter) -> Adapter:
+    wrong = [n for n, f in adapter.factors.items() if f.kind not in ("linear", "conv1d")]
+    if wrong:
+        raise AdapterFileError(
+            "mlx-lm's DoRA is another one here: only linear layers agree", where=wrong[0]
+        )
+    spec = adapter.spec.from_dict({**adapter.spec.to_dict(), "update": "dora"})
+    return Adapter(
+        spec=spec, factors=adapter.factors, passport=adapter.passport, config=adapter.config
+    )
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    expected = '"lora_parameters" with a "scale", and fine_tune_type lora or dora'
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        float(config["lora_parameters"]["scale"])
+        if config.get("fine_tune_type", "lora") not in ("lora", "dora"):
+            raise ValueError(f"fine_tune_type {config['fine_tune_type']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(
+            "the configuration of the mlx-lm adapter cannot be used",
+            where=str(file),
+            expected=expected,
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    return config
