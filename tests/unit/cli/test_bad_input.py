@@ -55,7 +55,7 @@ def test_4_bits_without_bitsandbytes(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     require_nf4.cache_clear()
     said = refused(model={"ref": "minilm-l6-v2", "quantize": "nf4"})
-    assert "needs bitsandbytes, which is not installed" in said
+    assert "need bitsandbytes, which is not installed" in said
     assert "lorakit[quant]" in said
     require_nf4.cache_clear()
 
