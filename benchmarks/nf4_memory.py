@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,7 +34,7 @@ from lorakit.models.nf4 import quantization_of
 from lorakit.weights.nf4 import bitsandbytes
 
 # How each row loads: what `quantize` is, and the dtype computed in.
-WAYS = {
+WAYS: dict[str, tuple[Literal["nf4"] | None, str]] = {
     "nf4, float32": ("nf4", "float32"),
     "nf4, bfloat16": ("nf4", "bfloat16"),
     "dense, bfloat16": (None, "bfloat16"),
@@ -89,7 +89,9 @@ def _write_model(directory: Path, *, layers: int, hidden: int, shard: str) -> tu
         num_key_value_heads=hidden // 64,
         dtype="bfloat16",
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(directory, max_shard_size=shard)
     return directory, sum(p.numel() for p in model.parameters())
 

@@ -57,7 +57,7 @@ def test_a_run_learns_and_says_what_is_in_4_bits(whole: Path) -> None:
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(whole: Path) -> None:
     shutil.copytree(whole / "whole", whole / "again")
-    steps = sorted((whole / "again" / "checkpoints").iterdir())
+    steps = sorted((whole / "again" / "checkpoints").iterdir(), key=_step)
     for later in steps[1:]:
         shutil.rmtree(later)
     shutil.rmtree(whole / "again" / "adapter")
@@ -70,8 +70,12 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(whole: Path) -> None:
 
 def _best_is_gone(directory: Path) -> bool:
     record = json.loads((directory / "whole" / "run.json").read_text())
-    first = sorted((directory / "whole" / "checkpoints").iterdir())[0]
-    return record["metrics"]["best_step"] < int(first.name.removeprefix("step-"))
+    first = min(map(_step, (directory / "whole" / "checkpoints").iterdir()))
+    return record["metrics"]["best_step"] < first
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def test_checkpointed_activations_give_the_same_adapter(whole: Path) -> None:

@@ -37,14 +37,8 @@ def stored_by_transformers(directory: Path, architecture: str = "llama", **optio
     """What `save_pretrained` of transformers' own 4-bit model leaves."""
     dense = tiny_models.build(architecture)
     dense.save_pretrained(directory / "dense")
-    config = BitsAndBytesConfig(
-        **{
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            **options,
-        }
-    )
+    given: dict[str, Any] = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(load_in_4bit=True, **{**given, **options})
     model = type(dense).from_pretrained(
         directory / "dense", quantization_config=config, dtype=torch.float32, device_map="cpu"
     )
