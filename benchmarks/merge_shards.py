@@ -42,6 +42,7 @@ def main() -> None:
     shard_bytes = _make(source, args.gigabytes)
     adapter = _adapter(source)
     plan = plan_merge(source, adapter)
+    assert plan is not None
     copies = [_copy(source, args.folder / "copy")]
     before = memory_bytes()
     _reset_peak()

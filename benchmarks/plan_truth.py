@@ -51,13 +51,23 @@ class Row:
 def _rows() -> list[Row]:
     found: list[Row] = []
     for checkpointing in (False, True):
-        small = {"model": SMOLLM2, "batch_size": 4, "length": 192, "checkpointing": checkpointing}
+        small: dict[str, Any] = {
+            "model": SMOLLM2,
+            "batch_size": 4,
+            "length": 192,
+            "checkpointing": checkpointing,
+        }
         found += [
             Row(method="lora", options=ALL_LINEAR, **small),
             Row(method="full", **small),
             Row(method="houlsby", options={"bottleneck": 32}, **small),
         ]
-        encoder = {"model": MINILM, "batch_size": 32, "length": 128, "checkpointing": checkpointing}
+        encoder: dict[str, Any] = {
+            "model": MINILM,
+            "batch_size": 32,
+            "length": 128,
+            "checkpointing": checkpointing,
+        }
         found += [
             Row(method="lora", options=ALL_LINEAR, **encoder),
             Row(method="full", **encoder),

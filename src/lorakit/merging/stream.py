@@ -53,7 +53,7 @@ class SourceFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb")
+            self._file = path.open("rb")
             length = int.from_bytes(self._file.read(8), "little")
             size = path.stat().st_size
             if not 2 <= length <= size - 8:
@@ -121,7 +121,7 @@ def write_header(target: BinaryIO, entries: list[Stored], metadata: dict[str, st
 
 def write_tensor(target: BinaryIO, value: Tensor) -> None:
     """The bytes of a tensor, in its layout."""
-    target.write(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+    target.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _entry(name: str, facts: dict[str, Any], base: int, size: int) -> Stored:

@@ -135,7 +135,7 @@ def _listing(directory: Path) -> str:
 
 
 def _from_hub(ref: str, files: Files) -> Path:
-    wanted = {
+    wanted: dict[str, list[str]] = {
         "all": list(_HUB_FILES),
         "small": [pattern for pattern in _HUB_FILES if "safetensors" not in pattern],
         "config": ["config.json"],

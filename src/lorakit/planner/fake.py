@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        tables = cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers))
         for table in tables:
             for name, tensor in table.items():
                 if tensor is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -132,11 +133,14 @@ def _require_room(estimate: TrainingEstimate, setup: TrainingSetup) -> None:
 def _random_model(config: PretrainedConfig, setup: TrainingSetup) -> PreTrainedModel:
     own = copy.deepcopy(config)
     wanted = model_class(own)
-    build = wanted if isinstance(wanted, type) and issubclass(wanted, PreTrainedModel) else None
-    model = build(own) if build is not None else wanted.from_config(own)
+    if issubclass(wanted, PreTrainedModel):
+        model = wanted(own)
+    else:
+        # No architecture is named: one of transformers' Auto classes, which build themselves.
+        model = cast(PreTrainedModel, wanted.from_config(own))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device=setup.device, dtype=setup.dtype)
-    model.to(setup.device)
+    model.to(torch.device(setup.device))  # pyright: ignore[reportArgumentType]
     attention = setup.attention
     if attention is None and setup.device == "cpu" and head_of(model) and can_pack(model):
         attention = GROUPED
