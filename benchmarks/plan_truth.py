@@ -7,7 +7,7 @@ the base was loaded. In another process a micro-step on random weights of the sa
 run. Rows of one length, so that every step is the step that was planned.
 
     python benchmarks/plan_truth.py --output benchmarks/results/plan_truth.json
-    python benchmarks/plan_truth.py --only 3          # one row, printed
+    python benchmarks/plan_truth.py --only 3 0        # some rows, printed
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def main() -> None:
     if args.calibrate is not None:
         print(json.dumps(_calibrate(json.loads(args.calibrate))))
         return
-    chosen = ROWS if args.only is None else [ROWS[args.only]]
-    measured = [measure(row) for row in chosen]
-    for one in measured:
-        print(_line(one), flush=True)
-    if args.output is not None:
-        _write(args.output, measured)
+    measured: list[dict[str, Any]] = []
+    for row in ROWS if args.only is None else [ROWS[number] for number in args.only]:
+        measured.append(measure(row))
+        print(_line(measured[-1]), flush=True)
+        if args.output is not None:
+            _write(args.output, measured)
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, help="where the result goes")
-    parser.add_argument("--only", type=int, metavar="N", help="the number of one row, from 0")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="some rows, from 0")
     parser.add_argument("--calibrate", help=argparse.SUPPRESS)
     return parser.parse_args()
 
