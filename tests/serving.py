@@ -76,7 +76,6 @@ def save_learned(
     shake(model, seed=seed, size=size)
     save_adapter(model, path, name="one", replace=True)
     detach(model)
-    model.requires_grad_(True)
     return path
 
 
