@@ -87,17 +87,16 @@ def _throughput_part(model: Any, tokenizer: Any, args: argparse.Namespace) -> di
                 run = _zipf_run(model, tokenizer, root / "all", count=count, args=args)
                 print(json.dumps(run), flush=True)
                 found["runs"].append(run)
-        found["over_one_adapter"] = _over_one(found["runs"])
+        found["over_one_adapter"] = _over_one(found["runs"], "tokens_per_s")
+        found["over_one_adapter_cpu"] = _over_one(found["runs"], "tokens_per_cpu_s")
         found["list_1000"] = _list_thousand(model, tokenizer, root)
     return found
 
 
-def _over_one(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Median tokens per second of each count over that of one adapter."""
+def _over_one(runs: list[dict[str, Any]], rate: str) -> dict[str, float]:
+    """The median rate of each count of adapters over that of the smallest count."""
     counts = dict.fromkeys(run["adapters"] for run in runs)
-    rates = {
-        n: statistics.median(r["tokens_per_s"] for r in runs if r["adapters"] == n) for n in counts
-    }
+    rates = {n: statistics.median(r[rate] for r in runs if r["adapters"] == n) for n in counts}
     first = rates[min(rates)]
     return {str(n): round(rate / first, 3) for n, rate in rates.items()}
 
@@ -133,8 +132,9 @@ def _zipf_run(
     process = psutil.Process()
     engine = Engine(model, tokenizer, options=options)
     engine.start()
-    before = process.memory_info().rss
+    before, cpu = process.memory_info().rss, time.process_time()
     seconds, ends = _answer_all(engine, work)
+    cpu_seconds = time.process_time() - cpu
     after = process.memory_info().rss
     engine.stop()
     tokens = sum(end.num_generated_tokens for end in ends)
@@ -147,6 +147,7 @@ def _zipf_run(
         "adapters": count,
         "used": len(set(names)),
         "tokens_per_s": round(tokens / seconds, 1),
+        "tokens_per_cpu_s": round(tokens / cpu_seconds, 2),
         "first_token_s": _percentiles(first),
         "per_token_s": _percentiles(each),
         "rss_growth_mb": round((after - before) / 1e6),
@@ -218,16 +219,21 @@ def _generate_part(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict
     tokens = sum(limit for _, limit in work)
     runs = []
     for _ in range(args.repeats):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         for first in range(0, len(work), 16):
             _generate(model, work[first : first + 16])
-        theirs = time.perf_counter() - start
+        theirs, their_cpu = time.perf_counter() - start, time.process_time() - cpu
+        cpu = time.process_time()
         engine = Engine(model, tokenizer, options=EngineOptions(max_batch=16))
         engine.start()
         ours, _ = _answer_all(engine, [(prompt, limit, None) for prompt, limit in work])
+        our_cpu = time.process_time() - cpu
         engine.stop()
         runs.append(
             {
+                "generate_cpu_s": round(their_cpu, 2),
+                "engine_cpu_s": round(our_cpu, 2),
+                "cpu_ratio": round(their_cpu / our_cpu, 3),
                 "generate_tokens_per_s": round(tokens / theirs, 1),
                 "engine_tokens_per_s": round(tokens / ours, 1),
                 "ratio": round(theirs / ours, 3),
@@ -235,7 +241,9 @@ def _generate_part(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict
         )
         print(json.dumps(runs[-1]), flush=True)
     ratio = statistics.median(run["ratio"] for run in runs)
-    return {"requests": 32, "tokens": tokens, "batch": 16, "runs": runs, "ratio": ratio}
+    cpu_ratio = statistics.median(run["cpu_ratio"] for run in runs)
+    found = {"requests": 32, "tokens": tokens, "batch": 16, "runs": runs}
+    return {**found, "ratio": ratio, "cpu_ratio": cpu_ratio}
 
 
 def _generate(model: Any, work: list[tuple[list[int], int]]) -> None:
@@ -266,6 +274,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", default="benchmarks/results/serve.json")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--rounds", type=int, default=30, help="step: timed rounds")
+    parser.add_argument(
+        "--seconds", type=float, default=35, help="step: begin no round after this long"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--requests", type=int, default=64, help="throughput: requests per run")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64, 512])

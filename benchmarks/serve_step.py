@@ -61,31 +61,32 @@ def step_part(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str,
         "r": 8,
         "targets": "all-linear",
         "context": CONTEXT,
-        "decode": _compare(calls["decode"], over, rounds=args.rounds, seed=args.seed),
-        "prefill_8x64": _compare(
-            calls["prefill"], over, rounds=max(3, args.rounds // 3), seed=args.seed
-        ),
+        "decode": _compare(calls["decode"], over, args),
+        "prefill_8x64": _compare(calls["prefill"], over, args),
     }
 
 
 def _compare(
-    calls: dict[str, Callable[[], None]], over: dict[str, str], *, rounds: int, seed: int
+    calls: dict[str, Callable[[], None]], over: dict[str, str], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Median seconds of each call, and of its ratio to another one of the same round."""
-    order = random.Random(seed)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, rounds, seconds = random.Random(args.seed), args.rounds, args.seconds
+    times_of: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
+        until = time.monotonic() + seconds
         for index in range(rounds + 2):
+            if time.monotonic() > until and index > 5:
+                break
             for name in order.sample(sorted(calls), len(calls)):
                 start = time.perf_counter()
                 calls[name]()
                 if index >= 2:  # the first rounds warm up
-                    seconds[name].append(time.perf_counter() - start)
-    found: dict[str, Any] = {}
-    for name, times in seconds.items():
+                    times_of[name].append(time.perf_counter() - start)
+    found: dict[str, Any] = {"rounds": len(times_of["base"])}
+    for name, times in times_of.items():
         entry: dict[str, Any] = {"median_ms": round(1000 * statistics.median(times), 2)}
-        if over.get(name) in seconds:
-            ratios = [a / b for a, b in zip(times, seconds[over[name]], strict=True)]
+        if over.get(name) in times_of:
+            ratios = [a / b for a, b in zip(times, times_of[over[name]], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             entry[f"over_{over[name]}"] = {
                 "median": round(middle, 3),

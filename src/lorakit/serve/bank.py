@@ -37,17 +37,31 @@ class _Stack:
     gain: Tensor | None
     shift: Tensor | None
 
+    def first(self, n: int) -> _Live:
+        """The factors of the first n places, not copied."""
+        return _Live(
+            self.A[:n].transpose(1, 2),
+            self.B[:n],
+            None if self.gain is None else self.gain[:n],
+            None if self.shift is None else self.shift[:n],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What a pass reads of a stack, made once per composition: A as (rows, in, r)."""
+
+    A: Tensor
+    B: Tensor
+    gain: Tensor | None
+    shift: Tensor | None
+
     def add(self, x: Tensor, y: Tensor) -> None:
         """Y += each row's change; x (rows, positions, in), y (rows, positions, out)."""
-        n = x.shape[0]
-        affine = _affine(y, _first(self.gain, n), _first(self.shift, n))
-        y.baddbmm_(torch.bmm(x, self.A[:n].transpose(1, 2)), self.B[:n])
+        affine = _affine(y, self.gain, self.shift)
+        y.baddbmm_(torch.bmm(x, self.A), self.B)
         if affine is not None:
             y.add_(affine)
-
-
-def _first(stack: Tensor | None, n: int) -> Tensor | None:
-    return None if stack is None else stack[:n]
 
 
 def _affine(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -91,13 +105,14 @@ class _Group(RowSegment):
     rows: list[str] = field(default_factory=list[str])
     adapters: list[ServedAdapter] = field(default_factory=list[ServedAdapter])
     stacks: dict[str, _Stack] = field(default_factory=dict[str, _Stack])
+    live: dict[str, _Live] = field(default_factory=dict[str, _Live])
     written: list[ServedAdapter | None] = field(default_factory=list[ServedAdapter | None])
 
     def add(self, name: str, x: Tensor, y: Tensor) -> None:
         """See `AdapterRows.add`."""
-        stack = self.stacks.get(name)
-        if stack is not None:
-            stack.add(x, y)
+        live = self.live.get(name)
+        if live is not None:
+            live.add(x, y)
             return
         for place, adapter in enumerate(self.adapters):
             site = adapter.sites.get(name)
@@ -141,6 +156,10 @@ class _Group(RowSegment):
             self._write_layer(name, changed)
         for i in changed:
             self.written[i] = self.adapters[i]
+        n = len(self.adapters)
+        # A stack that was made anew holds the rows of now and nothing behind them.
+        del self.written[n:]
+        self.live = {name: stack.first(n) for name, stack in self.stacks.items()}
 
     def _write_layer(self, name: str, changed: list[int]) -> None:
         sites = [adapter.sites.get(name) for adapter in self.adapters]

@@ -98,6 +98,17 @@ def test_only_places_with_another_adapter_are_written(monkeypatch) -> None:
     assert written == [1]
 
 
+def test_a_stack_that_is_made_anew_forgets_the_places_behind() -> None:
+    a, b, c, d = (adapter(key, 3) for key in "abcd")
+    bank = Bank()
+    rows: dict[str, ServedAdapter | None] = {"1": a, "2": b, "3": c, "4": d}
+    check(bank, rows)
+    # Three places of four are written into the wider stack; the fourth holds nothing now.
+    check(bank, {"1": a, "2": b, "5": adapter("wide", 14)})
+    check(bank, rows)
+    check(bank, {"1": a, "6": c, "7": d, "2": b})
+
+
 def test_rows_of_one_adapter_need_no_stack() -> None:
     a = adapter("a", 4)
     bank = Bank()
