@@ -28,7 +28,7 @@ from lorakit.serve.served import ServedAdapter, served_form
 
 NUM_ROWS = 8
 PREFILL = 64
-CONTEXT = 128
+CONTEXT = 64
 
 
 def step_part(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _compare(
     with torch.inference_mode():
         until = time.monotonic() + seconds
         for index in range(rounds + 2):
-            if time.monotonic() > until and index > 5:
+            if time.monotonic() > until and index > 4:
                 break
             for name in order.sample(sorted(calls), len(calls)):
                 start, cpu = time.perf_counter(), time.process_time()
