@@ -73,7 +73,7 @@ class KohyaFormat:
         names = Names(given.model)
         dotted = {module.replace(".", "_"): module for module in names.modules}
         factors: dict[str, Factors] = {}
-        for key, (A, B) in pairs.items():
+        for key, (down, up) in pairs.items():
             bare = _PREFIX.sub("", key, count=1)
             module = dotted.get(bare) or dotted.get(f"{names.prefix}_{bare}")
             module = module or dotted.get(bare.removeprefix(f"{names.prefix}_"))
@@ -81,10 +81,10 @@ class KohyaFormat:
                 names.require([key], file)
                 continue
             alpha = tensors.get(f"{key}.alpha")
-            scaling = 1.0 if alpha is None else float(alpha) / A.shape[0]
-            if A.ndim == 4 and names.kind(module, file).name != "conv2d":
-                A, B = A.flatten(1), B.flatten(1)
-            factors[module] = names.factors(module, A, B, scaling=scaling, where=file)
+            scaling = 1.0 if alpha is None else float(alpha) / down.shape[0]
+            if down.ndim == 4 and names.kind(module, file).name != "conv2d":
+                down, up = down.flatten(1), up.flatten(1)
+            factors[module] = names.factors(module, down, up, scaling=scaling, where=file)
         return made_adapter(factors, given, source=file, format_name=self.name)
 
     def write(self, adapter: Adapter, path: Path, given: Conversion) -> Path:

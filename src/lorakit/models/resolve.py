@@ -135,13 +135,15 @@ def _listing(directory: Path) -> str:
 
 
 def _from_hub(ref: str, files: Files) -> Path:
-    wanted: dict[str, list[str]] = {
+    patterns: dict[Files, list[str]] = {
         "all": list(_HUB_FILES),
         "small": [pattern for pattern in _HUB_FILES if "safetensors" not in pattern],
         "config": ["config.json"],
-    }[files]
+    }
     try:
-        path = snapshot_download(ref, allow_patterns=wanted, ignore_patterns=list(_HUB_SKIP))
+        path = snapshot_download(
+            ref, allow_patterns=patterns[files], ignore_patterns=list(_HUB_SKIP)
+        )
     except HFValidationError as error:
         raise _missing(ref, "no such directory or file, and not a hub id") from error
     except LocalEntryNotFoundError as error:

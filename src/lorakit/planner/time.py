@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,12 +132,10 @@ def _require_room(estimate: TrainingEstimate, setup: TrainingSetup) -> None:
 
 def _random_model(config: PretrainedConfig, setup: TrainingSetup) -> PreTrainedModel:
     own = copy.deepcopy(config)
-    wanted = model_class(own)
-    if issubclass(wanted, PreTrainedModel):
-        model = wanted(own)
-    else:
-        # No architecture is named: one of transformers' Auto classes, which build themselves.
-        model = cast(PreTrainedModel, wanted.from_config(own))
+    wanted: Any = model_class(own)
+    # Where no architecture is named: one of transformers' Auto classes, which build themselves.
+    named = issubclass(wanted, PreTrainedModel)
+    model = wanted(own) if named else wanted.from_config(own)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(device=setup.device, dtype=setup.dtype)
     model.to(torch.device(setup.device))  # pyright: ignore[reportArgumentType]
