@@ -89,9 +89,17 @@ class Constrainer:
             )
         with self._lock:
             if self._table is None:
-                self._table = llguidance.hf.from_tokenizer(
-                    self._tokenizer, n_vocab=self._num_tokens, eos_token=list(self._ends)
-                )
+                try:
+                    self._table = llguidance.hf.from_tokenizer(
+                        self._tokenizer, n_vocab=self._num_tokens, eos_token=list(self._ends)
+                    )
+                except ValueError as error:
+                    raise RequestError(
+                        "this model cannot answer by a JSON schema",
+                        where="json_schema",
+                        expected="a tokenizer whose tokens are bytes or pieces of text",
+                        found=str(error).splitlines()[0],
+                    ) from error
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
         except (TypeError, ValueError) as error:
