@@ -4,7 +4,7 @@ Eager attention repeats keys and values for every query head, and takes the scor
 back around the softmax; the fused kernel (sdpa) recomputes the scores in its backward pass, which
 a CPU pays for. Here the query heads that share a key are stacked into one product per key head, and
 the softmax reads and writes the activations' dtype (torch computes it in float32 inside). Same
-mathematics, fewer passes over the scores (benchmarks/train_speed.py).
+mathematics, fewer passes over the scores (benchmarks/train_means.py).
 """
 
 from __future__ import annotations
