@@ -25,7 +25,7 @@ from lorakit.adapters.branches import new_branch, trainable_copy
 from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.saving import AttachedAdapters, save_learned_only, save_whole_again
-from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.spec import LoraSpec, require_chosen
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
@@ -73,6 +73,7 @@ def place_adapter(
     refuse_merged(model)
     refuse_occupied(model, "lora")
     if isinstance(plan, LoraSpec):
+        require_chosen(plan)
         plan = plan_adapter(model, plan)
     modules = base_modules(model)
     _refuse_foreign(model, plan, modules)

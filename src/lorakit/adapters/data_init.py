@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from lorakit.adapters.attach import use
 from lorakit.adapters.attachments import adapted_layers, refuse_merged, require_attached
 from lorakit.adapters.spec import DATA_INITS
 from lorakit.adapters.state import data_was_seen
+from lorakit.adapters.watches import GradientWatch, InputWatch, Watch, watching
 from lorakit.errors import DataError, StateError
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.low_rank import LowRank, take_rows
 from lorakit.layers.updates import fresh_norms
-from lorakit.math.inits import InputSketch, lora_ga
+from lorakit.math.inits import lora_ga
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 _SEED = 0
@@ -83,63 +84,11 @@ def _updates(layer: AdaptedLayer, name: str) -> list[LowRank]:
     return [] if branch is None else branch.updates()
 
 
-class _Watch(Protocol):
-    def see(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """Look at a base layer's input and output; what is returned replaces the output."""
-        ...
-
-
-class _Inputs:
-    """EVA: collects the directions of one layer's inputs."""
-
-    def __init__(self, num: int) -> None:
-        self.sketch = InputSketch(num)
-        self.mask: Tensor | None = None
-
-    def see(self, x: Tensor, y: Tensor) -> None:
-        tokens = x.flatten(0, -2)
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:
-            tokens = tokens[self.mask.flatten().bool()]
-        self.sketch.add(tokens)
-
-
-class _Gradient:
-    """LoRA-GA: adds up the gradient of one weight, (out, in)."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-
-    def see(self, x: Tensor, y: Tensor) -> Tensor:
-        # The base is frozen: without this, no gradient would be computed for anything.
-        y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
-        inputs = x.detach().flatten(0, -2)
-
-        def add(grad: Tensor) -> None:
-            mine = grad.flatten(0, -2).float().T @ inputs.float()
-            self.total = mine if self.total is None else self.total.add_(mine)
-
-        y.register_hook(add)
-        return y
-
-
 @contextmanager
-def _watching(model: nn.Module, watches: Mapping[AdaptedLayer, _Watch]) -> Iterator[None]:
+def _watching(model: nn.Module, watches: Mapping[AdaptedLayer, Watch]) -> Iterator[None]:
     """The base in eval mode with each layer watched; modes and hooks as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack:
-        for layer, watch in watches.items():
-
-            def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor, watch: _Watch = watch) -> Any:
-                return watch.see(args[0], y)
-
-            stack.callback(layer.base.register_forward_hook(hook).remove)
-        stack.enter_context(use(model, None))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with use(model, None), watching(model, {la.base: watch for la, watch in watches.items()}):
+        yield
 
 
 def _eva(
@@ -148,7 +97,7 @@ def _eva(
     layers: list[AdaptedLayer],
     batches: Iterable[Mapping[str, Any]],
 ) -> int:
-    watches = {la: _Inputs(max(u.lora_A.shape[0] for u in _updates(la, name))) for la in layers}
+    watches = {la: InputWatch(max(u.lora_A.shape[0] for u in _updates(la, name))) for la in layers}
     count = 0
     with _watching(model, watches), torch.no_grad():
         for batch in batches:
@@ -175,7 +124,7 @@ def _lora_ga(
     batches: Iterable[Mapping[str, Any]],
     loss: Loss,
 ) -> int:
-    watches = {layer: _Gradient() for layer in layers}
+    watches = {layer: GradientWatch() for layer in layers}
     count = 0
     with _watching(model, watches), torch.enable_grad():
         for batch in batches:

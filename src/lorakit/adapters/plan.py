@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
 
+from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
 from lorakit.adapters.occupied import refuse_occupied
-from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS, LoraSpec
+from lorakit.adapters.spec import AUTO, DATA_INITS, NONZERO_INITS, LoraSpec
 from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
@@ -53,7 +54,11 @@ class Site:
 
     def num_params(self) -> int:
         """Learned numbers in A, B and DoRA's m; the bias is the module's, see AdapterPlan."""
-        A, B = KINDS[self.kind].factor_shapes(self.shape, self.r)
+        return self.num_params_at(self.r)
+
+    def num_params_at(self, r: int) -> int:
+        """The same at another rank."""
+        A, B = KINDS[self.kind].factor_shapes(self.shape, r)
         magnitude = self.shape[0] if self.update == "dora" else 0
         return math.prod(A) + math.prod(B) + magnitude
 
@@ -135,6 +140,7 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     refuse_occupied(model, "lora")
     found = resolve_targets(model, spec.targets)
     _refuse_unstorable(found)
+    spec, chosen = _with_fixed_rank(found, spec)
     sites = tuple(_site(candidate, spec) for candidate in found)
     _check_patterns("rank_pattern", spec.rank_pattern, sites)
     _check_patterns("alpha_pattern", spec.alpha_pattern, sites)
@@ -156,8 +162,23 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
         sites=sites,
         overrides=(*beside, *biases),
         bias_sizes={s.module: _bias_size(modules[s.module]) for s in sites if s.bias},
-        notes=tuple(notes),
+        notes=(*chosen, *notes),
     )
+
+
+def _with_fixed_rank(found: list[Candidate], spec: LoraSpec) -> tuple[LoraSpec, list[str]]:
+    """For r: auto the largest equal rank within the budget, and what there is to say about it."""
+    if spec.r != AUTO or spec.budget is None:
+        return spec, []
+    num_params = budget_params(spec.budget)
+    shapes = [
+        _site(candidate, replace(spec, r=1, budget=None, ranks="uniform")) for candidate in found
+    ]
+    r = equal_rank(shapes, num_params)
+    note = f"r: auto, rank {r} everywhere fits the budget of {num_params:,} parameters"
+    if spec.ranks != "uniform":
+        note += f"; ranks: {spec.ranks} spends it after a look at the data"
+    return replace(spec, r=r, budget=None, ranks="uniform"), [note]
 
 
 def _refuse_unstorable(found: list[Candidate]) -> None:
@@ -199,7 +220,7 @@ def _refuse_init(spec: LoraSpec, sites: Iterable[Site]) -> None:
 
 
 def _site(candidate: Candidate, spec: LoraSpec) -> Site:
-    r = pattern_value(spec.rank_pattern, candidate.name, spec.r)
+    r = pattern_value(spec.rank_pattern, candidate.name, spec.fixed_r())
     alpha = pattern_value(spec.alpha_pattern, candidate.name, spec.alpha)
     shape = candidate.kind.shape(candidate.module)
     if candidate.rows is not None:

@@ -18,6 +18,9 @@ NONZERO_INITS = frozenset({"pissa", "pissa_fast", "olora", "lora_ga"})
 # Start from data: `lorakit.adapters.data_init.initialise_from_data` before training.
 DATA_INITS = frozenset({"eva", "lora_ga"})
 Bias = Literal["none", "lora_only", "all"]
+# How the ranks of r: auto are chosen; all but uniform look at data first.
+Ranks = Literal["uniform", "eva", "gradient"]
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,10 @@ class LoraSpec:
         SpecError: a value that cannot be; the message names the field.
     """
 
-    r: int = field(default=8, metadata={"help": "rank of the update"})
+    r: int | Literal["auto"] = field(
+        default=8,
+        metadata={"help": "rank of the update; auto: as many as the budget pays for, see ranks"},
+    )
     alpha: float = field(default=16.0, metadata={"help": "numerator of the scaling"})
     dropout: float = field(default=0.0, metadata={"help": "dropout on the branch's input, 0 to 1"})
     targets: str | tuple[str, ...] = field(
@@ -61,6 +67,20 @@ class LoraSpec:
             "as loralib and PEFT do; B starts at zero (for embeddings A does); pissa (SVD of the "
             "weight), pissa_fast (randomized SVD), olora (QR); from data: eva (SVD of the layer's "
             "inputs), lora_ga (SVD of the weight's gradient)"
+        },
+    )
+    budget: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "with r: auto, what the updates may take: parameters (400000, 400k, 1.5M) or "
+            "bytes (1.5 MB, 64 KiB)"
+        },
+    )
+    ranks: Ranks = field(
+        default="uniform",
+        metadata={
+            "help": "with r: auto, who gets how much: uniform (all the same), eva (where the "
+            "layers' inputs spread most), gradient (where the weights' gradients do)"
         },
     )
     bias: Bias = field(
@@ -104,7 +124,13 @@ class LoraSpec:
             )
 
     def _check_choices(self) -> None:
-        choices = {"update": Update, "scaling": Scaling, "init": Init, "bias": Bias}
+        choices = {
+            "update": Update,
+            "scaling": Scaling,
+            "init": Init,
+            "bias": Bias,
+            "ranks": Ranks,
+        }
         for name, literal in choices.items():
             value = getattr(self, name)
             if value not in get_args(literal):
@@ -116,7 +142,11 @@ class LoraSpec:
                 )
 
     def _check_numbers(self) -> None:
-        _check_rank("r", self.r)
+        if self.r == AUTO:
+            self._check_auto()
+        else:
+            _check_rank("r", self.r)
+            self._check_fixed()
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise SpecError(
@@ -138,6 +168,42 @@ class LoraSpec:
         for key, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{key!r}]", alpha)
 
+    def _check_auto(self) -> None:
+        if self.budget is None:
+            raise SpecError(
+                "r: auto needs a budget",
+                where="budget",
+                expected='parameters (400000, "400k") or bytes ("1.5 MB")',
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise SpecError(
+                    f"r: auto chooses the ranks, and {name} gives them",
+                    where=name,
+                    expected="nothing",
+                    remedy=f"remove {name}, or give r a number",
+                )
+
+    def _check_fixed(self) -> None:
+        for name, plain in (("budget", None), ("ranks", "uniform")):
+            if getattr(self, name) != plain:
+                raise SpecError(
+                    f"{name} is for ranks that choose themselves",
+                    where=name,
+                    found=repr(getattr(self, name)),
+                    remedy=f"set r: auto, or remove {name}",
+                )
+
+    def fixed_r(self) -> int:
+        """The rank as a number.
+
+        Raises:
+            SpecError: r is auto, and the ranks have not been chosen yet.
+        """
+        if not isinstance(self.r, int):
+            raise SpecError("the ranks have not been chosen yet", where="r", found="auto")
+        return self.r
+
     def scale(self, *, r: int, alpha: float) -> float:
         """The factor in front of BA at this rank and alpha."""
         return lora_scaling(alpha, r, self.scaling)
@@ -147,7 +213,7 @@ class LoraSpec:
         more = 2.0 if self.scaling == "alpha/r" else math.sqrt(2.0)
         return dataclasses.replace(
             self,
-            r=2 * self.r,
+            r=2 * self.fixed_r(),
             alpha=more * self.alpha,
             rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
             alpha_pattern={key: more * alpha for key, alpha in self.alpha_pattern.items()},
@@ -182,6 +248,21 @@ class LoraSpec:
                     remedy=f"did you mean {close[0]!r}?" if close else None,
                 )
         return cls(**dict(values))
+
+
+def require_chosen(spec: LoraSpec) -> None:
+    """Refuse to attach a spec whose ranks wait for data.
+
+    Raises:
+        SpecError: see `lorakit.adapters.data_ranks.choose_ranks`.
+    """
+    if spec.ranks != "uniform":
+        raise SpecError(
+            "the ranks of this spec wait for data",
+            where="ranks",
+            found=spec.ranks,
+            remedy="attach what choose_ranks(model, spec, batches) gives, or use ranks: uniform",
+        )
 
 
 def _is_number(value: object) -> bool:

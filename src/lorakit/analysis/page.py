@@ -6,18 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.analysis.pairs import Similarity
-from lorakit.analysis.plots import (
-    Chart,
-    by_layer,
-    heat_maps,
-    layer_of,
-    leaf_of,
-    over_steps,
-    spectra,
-)
+from lorakit.analysis.plots import heat_maps, over_steps, spectra
 from lorakit.analysis.run import Analysis, SiteFacts
 from lorakit.analysis.spectra import INTRUDER_THRESHOLD, NUM_LEADING
 from lorakit.formatting import format_count, format_number, format_share
+from lorakit.report.layer_figures import Chart, by_layer, layer_of, leaf_of
 from lorakit.report.schema import Report, Section, Tile
 
 _MAX_MAPS = 7

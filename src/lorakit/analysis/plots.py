@@ -2,98 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from lorakit.analysis.pairs import Similarity
 from lorakit.analysis.spectra import Spectrum
 from lorakit.analysis.training import SiteAtStep
-from lorakit.formatting import format_number
-from lorakit.report.figures import GRID, STYLE, svg_of
+from lorakit.report.figures import STYLE, svg_of
+from lorakit.report.layer_figures import COLOURS, Chart, finish, layer_of, look, short_names
 
-# Of middle lightness, so that they hold on a white and on a dark page.
-_COLOURS = (
-    "#3b76d6", "#d0651b", "#2a9d6f", "#b5489b", "#8f7420",
-    "#c23b3b", "#1f9bb5", "#7a5bd0", "#7d8b12", "#6b7686",
-)  # fmt: skip
-_MARKERS = "osD^vPX*<>"
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _PANELS_IN_ROW = 4
-
-
-def leaf_of(site: str) -> str:
-    """What a site is, whatever its layer: `q_proj`, `attention.output.dense`, `c_attn.q`."""
-    parts = _LAYER.split(site)
-    return parts[-1] if len(parts) > 1 else site.rpartition(".")[2] or site
-
-
-def layer_of(site: str) -> int | None:
-    """The number of the layer that a site is in, or None for one that is in none."""
-    found = _LAYER.search(site)
-    return int(found[1]) if found else None
-
-
-def short_names(sites: Iterable[str]) -> dict[str, str]:
-    """Site -> its leaf, as short as it may be while different leaves stay different."""
-    leaves = {site: leaf_of(site) for site in sites}
-    ends = {leaf: leaf.rpartition(".")[2] for leaf in set(leaves.values())}
-    unique = len(set(ends.values())) == len(ends)
-    return {site: ends[leaf] if unique else leaf for site, leaf in leaves.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """What a chart by layer says beside its lines.
-
-    Attributes:
-        label: of the vertical axis.
-        log: whether that axis is logarithmic.
-        reference: a level to compare with, and what it is.
-        bottom: where the axis begins, or None.
-        top: where it ends, or None.
-    """
-
-    label: str
-    log: bool = False
-    reference: tuple[float, str] | None = None
-    bottom: float | None = None
-    top: float | None = None
-
-
-def by_layer(values: Mapping[str, float], chart: Chart) -> str:
-    """One value per site over the layers, one line for each kind of site.
-
-    Args:
-        values: site -> value; sites outside the layers stand at the left end.
-        chart: what it says.
-    """
-    names = short_names(values)
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for site, value in values.items():
-        layer = layer_of(site)
-        lines.setdefault(names[site], []).append((-1 if layer is None else layer, value))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        for number, (name, points) in enumerate(lines.items()):
-            points.sort()
-            axes.plot(
-                [layer for layer, _ in points],
-                [value for _, value in points],
-                **_look(number),
-                label=name,
-            )
-        _finish(axes, chart)
-        axes.set_xlabel("layer")
-        figure.legend(frameon=False, loc="outside right upper", fontsize=9.5)
-        return svg_of(figure)
 
 
 def over_steps(rows: Sequence[SiteAtStep], chart: Chart) -> str:
@@ -111,7 +32,7 @@ def over_steps(rows: Sequence[SiteAtStep], chart: Chart) -> str:
             axes.plot(
                 steps,
                 [sum(at[step]) / len(at[step]) for step in steps],
-                **_look(number),
+                **look(number),
                 label=name,
             )
             if any(len(norms) > 1 for norms in at.values()):
@@ -119,11 +40,11 @@ def over_steps(rows: Sequence[SiteAtStep], chart: Chart) -> str:
                     steps,
                     [min(at[step]) for step in steps],
                     [max(at[step]) for step in steps],
-                    color=_COLOURS[number % len(_COLOURS)],
+                    color=COLOURS[number % len(COLOURS)],
                     alpha=0.12,
                     linewidth=0,
                 )
-        _finish(axes, chart)
+        finish(axes, chart)
         axes.set_xlabel("optimizer step")
         figure.legend(frameon=False, loc="outside right upper", fontsize=9.5)
         return svg_of(figure)
@@ -145,8 +66,8 @@ def spectra(found: Mapping[str, Spectrum]) -> str:
                 continue
             length = max(map(len, curves))
             median = [_median([c[k] for c in curves if len(c) > k]) for k in range(length)]
-            axes.plot(range(1, length + 1), median, **_look(number), label=name)
-        _finish(axes, Chart(label="singular value / the first", bottom=0, top=1.03))
+            axes.plot(range(1, length + 1), median, **look(number), label=name)
+        finish(axes, Chart(label="singular value / the first", bottom=0, top=1.03))
         axes.set_xlabel("direction")
         figure.legend(frameon=False, loc="outside right upper", fontsize=9.5)
         return svg_of(figure)
@@ -197,40 +118,6 @@ def heat_maps(found: Sequence[Similarity], labels: tuple[str, str]) -> str:
 def _in_layer(site: str) -> str:
     layer = layer_of(site)
     return "" if layer is None else f", layer {layer}"
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "markersize": 4,
-        "linewidth": 1.5,
-    }
-
-
-def _finish(axes: Axes, chart: Chart) -> None:
-    axes.set_ylabel(chart.label)
-    if chart.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_number(float(y))))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.set_ylim(bottom=chart.bottom, top=chart.top)
-    if chart.reference is not None:
-        level, what = chart.reference
-        axes.axhline(level, color=STYLE["text.color"], linewidth=1, linestyle="--")
-        axes.annotate(
-            what,
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            fontsize=9,
-            ha="right",
-            va="bottom",
-        )
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axes.margins(x=0.02)
 
 
 def _median(values: Sequence[float]) -> float:

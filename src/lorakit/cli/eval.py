@@ -7,6 +7,7 @@ from typing import Any
 
 from lorakit.cli import console
 from lorakit.cli.eval_classify import run_classify
+from lorakit.cli.eval_forgetting import add_forgetting_arguments, run_forgetting
 from lorakit.cli.session import add_model_arguments, open_session, task_of
 from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.sources import load_rows
@@ -66,12 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of a classifier: also write each row's label and prediction as JSON lines",
     )
+    add_forgetting_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the comparison; returns the exit code."""
     task = task_of(args.adapter)
     if task is not None:
+        _refuse_for_classifiers(args)
         return run_classify(
             args, task, load_rows(args.data, split=args.split), _names(args.metrics or "")
         )
@@ -95,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         sft=sft,
     )
     rows = load_rows(args.data, split=args.split)
+    if args.beside or args.held_out:
+        return run_forgetting(args, rows, options)
     session = open_session(args)
     result = evaluate(session.model, session.tokenizer, rows, options, systems=session.systems)
     record: dict[str, Any] = {
@@ -116,6 +121,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(result, rows.source)
     return 0
+
+
+def _refuse_for_classifiers(args: argparse.Namespace) -> None:
+    if args.beside or args.held_out:
+        raise RequestError(
+            "what was forgotten is measured as the perplexity of text, which a classifier cannot "
+            "write",
+            where="the command line, --beside and --held-out",
+            expected="an adapter trained with task: sft",
+        )
 
 
 def _names(text: str) -> tuple[str, ...]:

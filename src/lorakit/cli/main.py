@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("lorakit.cli.serve", "serve many adapters over one base, behind OpenAI's interface"),
     "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),
     "analyze": ("lorakit.cli.analyze", "see what an adapter has learned, or two have in common"),
+    "prune": ("lorakit.cli.prune", "cut an adapter's ranks down, and measure what that costs"),
     "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),
     "report": ("lorakit.cli.report", "write one HTML file from what a run left"),
 }

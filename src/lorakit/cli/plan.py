@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import console
@@ -23,9 +23,11 @@ _SEPARATOR = re.compile(r",(?![^(\[{]*[)\]}])")
 
 SUMMARY = "count parameters, memory and time of a run, nothing loaded"
 
+_NAMED = ("r", "budget", "alpha", "scaling", "init", "bias")
 # The flags that are options of lora; another method takes --option.
 _OF_LORA = (
     "r",
+    "budget",
     "alpha",
     "targets",
     "rank_pattern",
@@ -67,7 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_lora(parser: argparse.ArgumentParser) -> None:
     default = LoraSpec()
     parser.add_argument(
-        "--r", "--rank", type=int, default=default.r, help="the rank (default: %(default)s)"
+        "--r",
+        "--rank",
+        type=_rank,
+        default=default.r,
+        metavar="N",
+        help="the rank, or auto: what --budget pays for (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="of r auto: parameters (400k) or bytes ('1.5 MB')"
     )
     parser.add_argument("--alpha", type=float, default=default.alpha, help="default: %(default)s")
     parser.add_argument(
@@ -192,7 +202,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
                 remedy="use --r, --alpha, --targets and the others",
             )
         return {
-            **{name: vars(args)[name] for name in ("r", "alpha", "scaling", "init", "bias")},
+            **{name: vars(args)[name] for name in _NAMED},
             "targets": _targets(args.targets or ["qv"]),
             "rank_pattern": _pattern("--rank-pattern", args.rank_pattern, int),
             "alpha_pattern": _pattern("--alpha-pattern", args.alpha_pattern, float),
@@ -222,6 +232,10 @@ def _option(text: str) -> tuple[str, Any]:
     if len(parts) == 1 and (name != "also_train" or value.startswith("[")):
         return name, parse_value(value, where=text)
     return name, [parse_value(part, where=text) for part in parts if part]
+
+
+def _rank(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 def _targets(given: list[str]) -> str | tuple[str, ...]:

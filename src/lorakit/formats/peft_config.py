@@ -173,7 +173,7 @@ def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> di
     spec = adapter.spec
     alphas = {m: alpha_for(s, r, spec.scaling) for m, (r, s) in stacked.items()}
     ranks = {m: r for m, (r, _) in stacked.items()}
-    r, alpha = _commonest(ranks, spec.r), _commonest(alphas, spec.alpha)
+    r, alpha = _commonest(ranks, spec.fixed_r()), _commonest(alphas, spec.alpha)
     kinds = {f.kind for f in adapter.factors.values()}
     own = {
         "peft_type": "LORA",

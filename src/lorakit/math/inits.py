@@ -96,6 +96,10 @@ class InputSketch:
         _, values, right = torch.svd_lowrank(stacked, q=size, niter=_NUM_ITERATIONS)
         self._scaled = values[:, None] * right.T
 
+    def singular_values(self) -> Tensor | None:
+        """Estimates of the leading singular values of all inputs seen, descending; None if none."""
+        return None if self._scaled is None else self._scaled.norm(dim=1)[: self.num]
+
     def directions(self) -> Tensor | None:
         """A = V_r^T, (num, in), orthonormal rows; None where the inputs span fewer directions."""
         if self._scaled is None or self._scaled.shape[0] < self.num:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ class TrainableReport:
         kept_bytes: memory that `Method.disabled` needs for what the base was, in bytes.
         extra_positions: positions of the model's context that every row takes beside its tokens.
         in_base_dtype: parameters of the base are learned in the dtype it is loaded in.
+        ranks: site -> rank, of a method that has ranks.
     """
 
     num_trainable: int
@@ -32,6 +33,7 @@ class TrainableReport:
     kept_bytes: int = 0
     extra_positions: int = 0
     in_base_dtype: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def share(self) -> float:

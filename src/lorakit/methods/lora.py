@@ -13,7 +13,7 @@ from lorakit.adapters.attach import attach, detach, use
 from lorakit.adapters.attachments import adapted_layers
 from lorakit.adapters.fold import merge
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
-from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.spec import LoraSpec, require_chosen
 from lorakit.adapters.state import adapter_state, data_was_seen, load_in_place
 from lorakit.formats.peft import save_adapter
 from lorakit.methods.base import TrainableReport, one_group
@@ -57,6 +57,9 @@ class LoraMethod:
 
     def attach(self, model: nn.Module) -> TrainableReport:
         """Attach the adapter; see `lorakit.adapters.attach.attach`."""
+        if not next(model.parameters()).is_meta:
+            # A model without numbers is only counted: the equal rank has the same size.
+            require_chosen(self.spec)
         plan = plan_adapter(model, self.spec)
         report = _report(model, plan)
         attach(model, plan, self.adapter_name)
@@ -119,4 +122,5 @@ def _report(model: nn.Module, plan: AdapterPlan) -> TrainableReport:
         num_total=num_params(model) + plan.num_params(),
         sites=tuple(s.name for s in plan.sites) + tuple(o.module for o in plan.overrides),
         notes=plan.notes,
+        ranks={site.name: site.r for site in plan.sites},
     )

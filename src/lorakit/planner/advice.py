@@ -93,7 +93,7 @@ def _smaller_methods(
         yield "method: lora, its defaults", (LoraMethod(LoraSpec()), batch, setup)
         return
     spec = method.spec
-    if spec.r > 1:
+    if isinstance(spec.r, int) and spec.r > 1:
         smaller = replace(spec, r=spec.r // 2)
         yield f"lora.r: {smaller.r}", (LoraMethod(smaller), batch, setup)
     if spec.targets != "qv":

@@ -16,6 +16,7 @@ from typing import Any
 
 from lorakit.errors import RequestError
 from lorakit.report.methods import methods_report
+from lorakit.report.ranks import rank_section
 from lorakit.report.schema import Curve, Report
 from lorakit.report.sections import certificate, comparison, details, samples, tiles
 
@@ -98,6 +99,9 @@ def _from_records(directory: Path, records: Mapping[str, dict[str, Any]]) -> Rep
         "details": {},
         "command": next((str(r["command"]) for r in found if "command" in r), ""),
     }
+    ranks = next(filter(None, map(rank_section, found)), None)
+    if ranks is not None:
+        report["sections"] = [ranks]
     table = next(filter(None, map(comparison, found)), None)
     if table is not None:
         report["comparison"] = table

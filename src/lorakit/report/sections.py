@@ -179,6 +179,8 @@ def details(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for key, value in values.items():
+        if key == "ranks" and isinstance(value, Mapping):
+            continue  # one per site: drawn
         if isinstance(value, Mapping):
             inner = {_words(k): _with_unit(k, v) for k, v in value.items() if _says_something(v)}
             value = inner

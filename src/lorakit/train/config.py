@@ -15,7 +15,7 @@ from lorakit.methods.lora import LoraMethod
 from lorakit.methods.registry import METHODS, build_method
 from lorakit.train import schema
 from lorakit.train.data_section import DataSection, require
-from lorakit.train.method_sections import MethodSections
+from lorakit.train.method_sections import MethodSections, check_data_start
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.preference_section import PREFERENCE_TASKS, PreferenceSection
 from lorakit.train.yaml import dump, read_mapping
@@ -144,7 +144,9 @@ class TrainSection:
     )
     init_batches: int = field(
         default=8,
-        metadata=_help("batches that lora.init: eva or lora_ga looks at before the first step"),
+        metadata=_help(
+            "batches that lora.init: eva or lora_ga, and lora.ranks, look at before the first step"
+        ),
     )
     eval_every: int | Literal["epoch"] = field(
         default="epoch", metadata=_help("validate every so many steps, or after each epoch")
@@ -262,6 +264,7 @@ class TrainConfig(MethodSections):
         if self.task == "kto":
             require(self.train.batch_size > 1, "train.batch_size", "> 1 for task kto", 1)
         self._check_lora_plus()
+        check_data_start(self.task, self.lora)
         self._check_combinations()
 
     def _check_lora_plus(self) -> None:

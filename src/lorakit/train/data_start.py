@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.data_init import initialise_from_data
-from lorakit.adapters.spec import DATA_INITS
+from lorakit.adapters.data_ranks import ChosenRanks, choose_ranks
+from lorakit.adapters.spec import DATA_INITS, LoraSpec
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.train.objectives.base import ExampleSet
@@ -33,6 +36,38 @@ def start_from_data(
     device = next(model.parameters()).device
     moved = ({name: value.to(device) for name, value in batch.items()} for batch in batches)
     return initialise_from_data(model, method.adapter_name, moved)
+
+
+def ranks_from_data(
+    method: Method,
+    model: nn.Module,
+    batches: Iterator[dict[str, Tensor]],
+) -> ChosenRanks | None:
+    """Choose the ranks of a method with `lora.r: auto` before it is attached, and tell it.
+
+    Returns:
+        The ranks; None where they are given, or equal.
+
+    Raises:
+        DataError: the batches say nothing about a layer.
+        SpecError: a target that is no linear layer.
+    """
+    if not isinstance(method, LoraMethod) or method.spec.ranks == "uniform":
+        return None
+    device = next(model.parameters()).device
+    moved = ({name: value.to(device) for name, value in batch.items()} for batch in batches)
+    chosen = choose_ranks(model, method.spec, moved)
+    method.spec = chosen.spec
+    return chosen
+
+
+def keep_ranks(method: Method, adapter: Path) -> None:
+    """Give a method with `lora.r: auto` the ranks of an adapter that it saved."""
+    if not isinstance(method, LoraMethod) or method.spec.ranks == "uniform":
+        return
+    saved = Adapter.load(adapter)
+    trained = saved.passport.get("trained_as")
+    method.spec = saved.spec if trained is None else LoraSpec.from_dict(trained)
 
 
 def first_batches(

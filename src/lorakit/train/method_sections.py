@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.spec import DATA_INITS, LoraSpec
 from lorakit.errors import ConfigError
 from lorakit.methods.bitfit import BitFitSpec
 from lorakit.methods.bottleneck_spec import AdapterDropSpec, BottleneckSpec
@@ -76,3 +76,19 @@ class MethodSections:
     def options(self) -> dict[str, Any]:
         """The chosen method's section, as plain values."""
         return schema.plain(self._sections()[self.method])
+
+
+def check_data_start(task: str, lora: LoraSpec) -> None:
+    """Refuse ranks and starts from data where rows are not what a model takes as keywords.
+
+    Raises:
+        ConfigError: the task compares answers.
+    """
+    waits = lora.ranks != "uniform" or lora.init in DATA_INITS
+    if waits and task not in ("sft", "classify"):
+        raise ConfigError(
+            "ranks and starts taken from data look at rows of task sft or classify",
+            where="lora.ranks" if lora.ranks != "uniform" else "lora.init",
+            found=f"task {task}",
+            remedy="use ranks: uniform and init: gaussian",
+        )

@@ -181,6 +181,7 @@ def _adapter_facts(config: TrainConfig, report: TrainableReport) -> dict[str, An
         "num_sites": len(report.sites),
         "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
         "notes": list(report.notes),
+        **({"ranks": dict(report.ranks)} if report.ranks else {}),
     }
 
 

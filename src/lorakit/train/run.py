@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,7 +35,12 @@ from lorakit.train.callbacks import (
 )
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore, RunState, load_state
 from lorakit.train.config import TrainConfig
-from lorakit.train.data_start import first_batches, start_from_data
+from lorakit.train.data_start import (
+    first_batches,
+    keep_ranks,
+    ranks_from_data,
+    start_from_data,
+)
 from lorakit.train.interrupt import Interrupt, TrainingPaused
 from lorakit.train.metrics import MetricsLog
 from lorakit.train.objectives.registry import best_metric
@@ -174,6 +179,7 @@ class _Run:
         if self.start is not None:
             check_same_base(self.start, base_sha256)
         self.identity["base_sha256"] = base_sha256
+        self._choose_ranks()
         set_seed(self.config.seed)
         self.report = self.method.attach(self.model)
         use_fast_norms(self.model)
@@ -183,15 +189,30 @@ class _Run:
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.model)
 
-    def _start_from_data(self) -> None:
-        batches = first_batches(
+    def _choose_ranks(self) -> None:
+        """Ranks that the data decides; a resumed run takes those it was begun with."""
+        if self.start is not None:
+            keep_ranks(self.method, self.start.adapter)
+            return
+        chosen = ranks_from_data(self.method, self.model, self._first_batches())
+        if chosen is not None:
+            ranks = chosen.ranks.values()
+            self.say(
+                f"lora.ranks: {self.config.lora.ranks} has looked at {chosen.num_batches} batches: "
+                f"ranks {min(ranks)} to {max(ranks)}"
+            )
+
+    def _first_batches(self) -> Iterator[Any]:
+        return first_batches(
             self.prepared.data.train,
             self.prepared.objective.collate,
             num_batches=self.config.train.init_batches,
             batch_size=self.config.train.batch_size,
             seed=self.config.seed,
         )
-        seen = start_from_data(self.method, self.model, batches)
+
+    def _start_from_data(self) -> None:
+        seen = start_from_data(self.method, self.model, self._first_batches())
         if seen:
             self.say(f"lora.init: {self.config.lora.init} has looked at {seen} batches")
 

@@ -15,7 +15,6 @@ from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.fold import merge
 from lorakit.adapters.spec import LoraSpec
 from lorakit.analysis.options import AnalyzeOptions
-from lorakit.analysis.plots import layer_of, leaf_of
 from lorakit.analysis.run import analyze
 from lorakit.analysis.updates import Base, labels_of, read_source
 from lorakit.analysis.write import write_analysis
@@ -27,6 +26,7 @@ from lorakit.errors import (
     StateError,
 )
 from lorakit.formats.peft import save_adapter
+from lorakit.report.layer_figures import layer_of, leaf_of
 
 
 def _save(model, spec, path, *, seed=7):

@@ -202,3 +202,92 @@ def test_analyze_refuses_what_it_cannot_measure(answer, base, run_directory, tmp
     code, found = answer("analyze", adapter, "-o", str(tmp_path / "out"))
     assert code == 2
     assert "not empty" in found["error"]["what"]
+
+
+def test_plan_spends_a_budget(answer, base):
+    words = ["plan", str(base), "--targets", "all-linear"]
+    _, fixed = answer(*words, "--r", "5")
+    code, found = answer(*words, "--r", "auto", "--budget", str(fixed["trainable_params"]))
+    assert code == 0
+    assert {site["r"] for site in found["sites"]} == {5}
+    assert answer(*words, "--r", "auto")[0] == 2
+    assert answer(*words, "--r", "5", "--budget", "100k")[0] == 2
+
+
+def test_prune_writes_a_smaller_adapter_and_measures_it(
+    capsys, answer, data, run_directory, tmp_path
+):
+    words = ["prune", str(run_directory / "adapter"), "--energy", "0.9"]
+    code, found = answer(*words, "-o", str(tmp_path / "small"), "--data", str(data))
+    assert code == 0
+    assert found["num_params"]["after"] < found["num_params"]["before"]
+    scores = {name: s["scores"]["perplexity"] for name, s in found["measured"]["systems"].items()}
+    assert set(scores) == {"adapter", "pruned", "base"}
+    assert scores["pruned"]["value"] != scores["adapter"]["value"]
+    _, again = answer(
+        "eval", str(data), "--adapter", str(tmp_path / "small"), "--metrics", "perplexity"
+    )
+    measured = again["systems"]["adapter"]["scores"]["perplexity"]["value"]
+    assert measured == pytest.approx(scores["pruned"]["value"], rel=1e-5)
+    assert main([*words, "-o", str(tmp_path / "again")]) == 0
+    assert "error of the update" in capsys.readouterr().out
+
+
+def test_prune_refuses_and_writes_nothing(answer, base, run_directory, tmp_path):
+    adapter, out = str(run_directory / "adapter"), str(tmp_path / "out")
+    assert answer("prune", adapter, "-o", out)[0] == 2
+    assert answer("prune", adapter, "-o", out, "--budget", "10")[0] == 2
+    assert answer("prune", adapter, "-o", out, "--budget", "1k", "--energy", "0.5")[0] == 2
+    assert answer("prune", str(base), "-o", out, "--energy", "0.5")[0] == 2
+    assert answer("prune", adapter, "-o", adapter, "--energy", "0.5")[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_says_what_was_learned_and_what_was_forgotten(
+    capsys, answer, base, data, run_directory, tmp_path
+):
+    text = tmp_path / "general.jsonl"
+    rows = [{"text": f"The number {n} is not a sum here."} for n in range(6)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "full.yaml"
+    config.write_text(
+        f"model: {{ref: {base}}}\ndata: {{train: {data}}}\noutput: {tmp_path / 'full'}\n"
+    )
+    words = ["method=full", "train.epochs=1", "train.batch_size=4", "train.lr=0.01"]
+    assert main(["train", str(config), *words]) == 0
+    capsys.readouterr()
+    adapter = str(run_directory / "adapter")
+    words = ["eval", str(data), "--adapter", adapter, "--metrics", "perplexity,exact_match"]
+    words += ["--beside", f"full={tmp_path / 'full' / 'adapter'}", "--max-new-tokens", "4"]
+    code, found = answer(*words, "--held-out", f"general={text}", "-o", str(tmp_path / "eval.json"))
+    assert code == 0
+    assert list(found["systems"]) == ["base", "adapter", "full"]
+    names = ["task perplexity", "task exact match", "general perplexity"]
+    for system in found["systems"].values():
+        assert list(system["scores"]) == names
+        low, high = system["scores"]["general perplexity"]["interval"]
+        assert low < system["scores"]["general perplexity"]["value"] < high
+    for label in ("adapter", "full"):
+        change = found["differences"][label]["general perplexity"]["value"]
+        value, plain = (
+            found["systems"][name]["scores"]["general perplexity"]["value"]
+            for name in (label, "base")
+        )
+        assert change == pytest.approx(value - plain)
+    # The task alone gives what eval without these flags gives.
+    _, alone = answer("eval", str(data), "--adapter", adapter, "--metrics", "perplexity")
+    assert found["systems"]["adapter"]["scores"]["task perplexity"]["value"] == pytest.approx(
+        alone["systems"]["adapter"]["scores"]["perplexity"]["value"]
+    )
+    code, report = answer("report", str(tmp_path), "-o", str(tmp_path / "report.html"))
+    assert code == 0
+    assert "comparison" in report["sections"]
+
+
+def test_eval_refuses_a_comparison_that_has_no_sense(answer, data, run_directory):
+    words = ["eval", str(data), "--adapter", str(run_directory / "adapter")]
+    assert answer(*words, "--held-out", str(data))[0] == 2
+    assert answer(*words, "--held-out", f"task={data}")[0] == 2
+    assert answer(*words, "--beside", f"base={run_directory / 'adapter'}")[0] == 2
+    assert answer(*words, "--beside", f"adapter={run_directory / 'adapter'}")[0] == 2
+    assert answer("eval", str(data), "--model", "x", "--held-out", f"a={data}")[0] == 2

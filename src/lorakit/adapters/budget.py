@@ -1,0 +1,82 @@
+"""What a budget pays for: parameters or bytes, and the rank that all sites can have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from lorakit.errors import SpecError
+from lorakit.formatting import format_count
+
+_FLOAT32_BYTES = 4
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
+# Learned numbers are stored as float32.
+_UNITS = {
+    "": 1.0,
+    "k": 1e3,
+    "m": 1e6,
+    "b": 1 / _FLOAT32_BYTES,
+    "kb": 1e3 / _FLOAT32_BYTES,
+    "mb": 1e6 / _FLOAT32_BYTES,
+    "gb": 1e9 / _FLOAT32_BYTES,
+    "kib": 2**10 / _FLOAT32_BYTES,
+    "mib": 2**20 / _FLOAT32_BYTES,
+    "gib": 2**30 / _FLOAT32_BYTES,
+}
+
+
+class Priced(Protocol):
+    """Something whose size depends on its rank."""
+
+    def num_params_at(self, r: int) -> int:
+        """Learned numbers at this rank."""
+        ...
+
+
+def budget_params(budget: int | str) -> int:
+    """A budget as a number of parameters.
+
+    Args:
+        budget: parameters (400000, "400k", "1.5M"), or bytes of float32 ("1.5 MB", "64 KiB").
+
+    Raises:
+        SpecError: it cannot be understood, or is nothing.
+    """
+    found = _BUDGET.fullmatch(str(budget).strip().replace("_", ""))
+    unit = _UNITS.get(found["unit"].lower()) if found else None
+    if isinstance(budget, bool) or found is None or unit is None:
+        raise SpecError(
+            "the budget cannot be understood",
+            where="budget",
+            expected='parameters (400000, "400k", "1.5M") or bytes ("1.5 MB", "64 KiB")',
+            found=repr(budget),
+        )
+    num_params = int(float(found["number"]) * unit)
+    if num_params < 1:
+        raise SpecError("the budget is empty", where="budget", expected=">= 1", found=repr(budget))
+    return num_params
+
+
+def equal_rank(sites: Sequence[Priced], num_params: int) -> int:
+    """The largest rank that all sites can have within the budget.
+
+    Raises:
+        SpecError: rank 1 everywhere is already more.
+    """
+    least = sum(site.num_params_at(1) for site in sites)
+    if least > num_params:
+        raise SpecError(
+            "the budget does not pay for rank 1 at every target",
+            where="budget",
+            expected=f"at least {format_count(least)} parameters for {len(sites)} targets",
+            found=f"{format_count(num_params)} parameters",
+            remedy="raise the budget, or name fewer targets",
+        )
+    each = sum(cost_of(site) for site in sites)
+    return 1 + (num_params - least) // each
+
+
+def cost_of(site: Priced) -> int:
+    """What one more rank costs at a site, in parameters."""
+    return site.num_params_at(2) - site.num_params_at(1)
