@@ -218,7 +218,7 @@ def _step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, ids: Ten
 
 def _timed(step: Callable[[Tensor], Tensor], ids: Tensor) -> float:
     started = time.perf_counter()
-    value = float(step(ids))
+    value = step(ids).item()
     if ids.device.type == "cuda":
         torch.cuda.synchronize()
     if not value > 0:

@@ -15,9 +15,10 @@ from law_cases import CASES
 from learned import attach_learned, expected_warning
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import detach
-from lorakit.adapters.bind import adapter_from_model, bind_adapter
+from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.composition.compose import compose, compose_parts
 from lorakit.adapters.composition.recipe import Part, Recipe
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, BaseMismatchError, SpecError

@@ -21,7 +21,7 @@ from transformers import (
 
 import tiny_models
 from learned import attach_learned
-from lorakit.adapters.bind import adapter_from_model
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
 from lorakit.converting import ConvertOptions, convert
 from lorakit.errors import AdapterFileError, LorakitWarning, RequestError

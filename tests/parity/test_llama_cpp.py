@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from learned import attach_learned
 from lorakit.adapters.attach import detach
-from lorakit.adapters.bind import adapter_from_model
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
 from lorakit.converting import convert
 from lorakit.models.named import find_named

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lorakit.environment import available_memory_bytes
 from lorakit.errors import LorakitError, LorakitWarning, MemoryPlanError, SpecError
 from lorakit.formatting import format_bytes
+from lorakit.layers.low_rank import LowRank
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.methods.registry import build_method
 from lorakit.models.attention import GROUPED, use_attention
@@ -230,12 +231,20 @@ def _static(
     )
 
 
+def await_no_data(model: PreTrainedModel) -> None:
+    """Let factors that start from data count as started: a step costs what it will; mutates it."""
+    for module in model.modules():
+        if isinstance(module, LowRank):
+            module.awaits_data = False
+
+
 def _prepared(model: PreTrainedModel, method: Method, setup: TrainingSetup) -> PreTrainedModel:
     """The model as a run would have it before its first step, on the meta device; mutates it."""
     packed = keep_in(model, setup.dtype, four_bit=setup.four_bit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LorakitWarning)
         build_method(method.name, method.options()).attach(model)
+    await_no_data(model)
     if any(layer.weight.requires_grad for layer in packed):
         raise SpecError(
             f"{method.name} trains the base's own weights: 4-bit numbers have no gradient",

@@ -23,7 +23,7 @@ from lorakit.models.fast_layers import use_fast_layers
 from lorakit.models.label_head import LabelHead
 from lorakit.models.load import model_class
 from lorakit.models.packing import can_pack
-from lorakit.planner.memory import TrainingEstimate, TrainingSetup
+from lorakit.planner.memory import TrainingEstimate, TrainingSetup, await_no_data
 from lorakit.planner.step import BatchShape, head_of
 
 _IGNORED = -100
@@ -88,6 +88,7 @@ def calibrate(
     model = _random_model(config, setup)
     fresh = build_method(method.name, method.options())
     fresh.attach(model)
+    await_no_data(model)
     use_fast_norms(model)
     use_fast_layers(model)
     if setup.checkpointing:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 import tiny_models
 from learned import attach_learned
 from lorakit.adapters.attach import detach
-from lorakit.adapters.bind import adapter_from_model
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.fold import merge
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli.main import main

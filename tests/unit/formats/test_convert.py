@@ -15,7 +15,7 @@ from torch import Tensor
 import tiny_models
 from learned import attach_learned, expected_warning
 from lorakit.adapters.adapter import Adapter
-from lorakit.adapters.bind import adapter_from_model
+from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.cli.main import main

@@ -27,7 +27,8 @@ from lorakit.errors import (
     OutputError,
 )
 from lorakit.formats.peft import load_adapter, save_adapter
-from lorakit.merging.run import TOLERANCE, MergeRequest, merge_to_disk
+from lorakit.merging.certificate import TOLERANCE
+from lorakit.merging.run import MergeRequest, merge_to_disk
 
 _AUTO = {"bert": AutoModel, "vit": AutoModel, "t5": AutoModelForSeq2SeqLM, "deberta-v2": AutoModel}
 _TIED = "shares its weight"

@@ -75,7 +75,8 @@ def test_what_does_not_fit_gets_advice_ranked_by_what_it_saves(directory, capsys
     total = found["memory"]["total_bytes"]
     assert all(c["total_bytes"] == total - c["saved_bytes"] for c in found["changes"])
     named = " ".join(change["what"] for change in found["changes"])
-    for change in ("gradient_checkpointing", "batch_size: 1", "nf4", "lora.r: 4", "targets: qv"):
+    # Not 4 bits: so small a base gives up more on the way of its layers than it saves in weights.
+    for change in ("gradient_checkpointing", "batch_size: 1", "lora.r: 4", "targets: qv"):
         assert change in named
     assert main([*map(str, words), "fp32"]) == 0
     assert "would save memory" in capsys.readouterr().out
