@@ -253,7 +253,7 @@ def _attend(
 ) -> tuple[Tensor, list[Tensor]]:
     """(n, heads * d), and the attention weights of each block."""
     mixed, kept = torch.empty_like(q), []
-    for block in packing.blocks():
+    for block in packing.blocks:
         queries = block.queries(q, k.shape[1]) * scale
         scores = torch.bmm(queries, block.keys(k).transpose(1, 2))
         block.hide(scores)
@@ -271,14 +271,17 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = inputs
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # A key belongs to several blocks: their shares are added in full precision.
+    wide = torch.promote_types(k.dtype, torch.float32)
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(t, dtype=wide) for t in (k, v))
     d = d.view(q.shape)
-    for block, kept in zip(packing.blocks(), weights, strict=True):
+    for block, kept in zip(packing.blocks, weights, strict=True):
         do = block.queries(d, k.shape[1], zero_behind=True)
-        block.place_keys(torch.bmm(kept.transpose(1, 2), do), dv)
+        block.add_keys(torch.bmm(kept.transpose(1, 2), do), dv)
         scores = torch.bmm(do, block.keys(v).transpose(1, 2))
         scores = torch._softmax_backward_data(scores, kept, -1, kept.dtype)
         block.place_queries(torch.bmm(scores, block.keys(k)).mul_(scale), dq)
         queries = block.queries(q, k.shape[1]) * scale
-        block.place_keys(torch.bmm(scores.transpose(1, 2), queries), dk)
-    return dq, dk, dv
+        block.add_keys(torch.bmm(scores.transpose(1, 2), queries), dk)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)

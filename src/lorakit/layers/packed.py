@@ -13,6 +13,8 @@ The gradients of the shared start add up over the rows, as they do when it is co
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,111 +49,167 @@ class Packing:
         return self.shared + max(self.lengths)
 
     @cached_property
-    def slots(self) -> Tensor:
-        """(rows, M) int64: the packed place of each position of the rests, M the longest rest.
-
-        Positions behind a row's end point at the row's last token.
-        """
-        lengths = torch.tensor(self.lengths, device=self.device)
-        starts = self.shared + lengths.cumsum(0) - lengths
-        places = torch.arange(max(self.lengths), device=self.device)
-        return starts[:, None] + torch.minimum(places[None], lengths[:, None] - 1)
-
-    @cached_property
-    def real(self) -> Tensor:
-        """The places of the real tokens among all rows x M slots, in packed order, int64."""
-        width = max(self.lengths)
-        lengths = torch.tensor(self.lengths, device=self.device)
-        mask = torch.arange(width, device=self.device)[None] < lengths[:, None]
-        return mask.flatten().nonzero()[:, 0]
-
-    @cached_property
     def positions(self) -> Tensor:
         """(num_tokens,) int64: the place of each token in its own row."""
         rows = [torch.arange(self.shared, self.shared + n) for n in self.lengths]
         return torch.cat([torch.arange(self.shared), *rows]).to(self.device)
 
-    def blocks(self) -> list[Block]:
-        """The shared start, if there is one, and the rests."""
-        rests = Block(self.shared, len(self.lengths), max(self.lengths), self)
-        return [Block(0, 1, self.shared, None), rests] if self.shared else [rests]
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every query in exactly one block: the shared start's, then those of the rests."""
+        ends = itertools.accumulate(self.lengths, initial=self.shared)
+        rests = sorted(zip(self.lengths, ends, strict=False), reverse=True)
+        found = _blocks(0, ((self.shared, 0),), self.device) if self.shared else []
+        while rests:
+            width = rests[0][0]
+            count = sum(width**2 - n**2 <= _BLOCK_COST for n, _ in rests)
+            found += _blocks(self.shared, tuple(rests[:count]), self.device)
+            rests = rests[count:]
+        return tuple(found)
+
+
+# What the operations on one more block cost, in pairs of a query and a key: found by timing.
+_BLOCK_COST = 6000
+
+
+def _blocks(before: int, rows: tuple[tuple[int, int], ...], device: torch.device) -> list[Block]:
+    """Rows (length, start) of about one length, cut where fewer hidden keys pay for one block more.
+
+    In one block, half of the scores are of keys behind their query; in c blocks, 1/c of those.
+    """
+    width = rows[0][0]
+    count = max(1, round(width * math.sqrt(len(rows) / (2 * _BLOCK_COST))))
+    edges = [width * i // count for i in range(count + 1)]
+    return [
+        Block(before, tuple((n, start) for n, start in rows if n > first), first, stop, device)
+        for first, stop in itertools.pairwise(edges)
+    ]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that see the same kind of keys: `before` shared ones, and their own row up to them.
+    """Some queries of some rows: those at the places [first, stop) of each row's rest.
+
+    They see the shared start, and their own row up to themselves.
 
     Attributes:
         before: keys of the shared start in front of every row.
-        rows: how many rows.
-        width: queries of the longest row.
-        packing: where the rows are; None: one row at the very start.
+        rows: tokens of each row's rest, more than `first`, and where it begins in the packed batch.
+        first: the first query of each row.
+        stop: behind the last query; queries behind a row's end are its last token over again.
+        device: where the packed batch is.
     """
 
     before: int
-    rows: int
-    width: int
-    packing: Packing | None
+    rows: tuple[tuple[int, int], ...]
+    first: int
+    stop: int
+    device: torch.device
 
-    def spread(self, packed: Tensor, *, zero_behind: bool = False) -> Tensor:
-        """(num_tokens, ...) to (rows, width, ...).
+    @property
+    def width(self) -> int:
+        """Queries of each row."""
+        return self.stop - self.first
 
-        Args:
-            packed: values of all tokens.
-            zero_behind: fill what is behind the end of a row with zeros, as gradients need it, and
-                not with the row's last value.
-        """
-        if self.packing is None:
-            return packed[None, : self.width]
-        if zero_behind:
-            filled = packed.new_zeros((self.rows * self.width, *packed.shape[1:]))
-            filled.index_copy_(0, self.packing.real, packed[self.packing.shared :])
-        else:
-            filled = packed[self.packing.slots.flatten()]
-        return filled.unflatten(0, (self.rows, self.width))
+    @cached_property
+    def _is_padded(self) -> bool:
+        return any(n < self.stop for n, _ in self.rows)
 
-    def place(self, values: Tensor, packed: Tensor) -> None:
-        """Write (rows, width, ...) where it belongs in (num_tokens, ...); mutates `packed`."""
-        if self.packing is None:
-            packed[: self.width] = values[0]
-        else:
-            torch.index_select(
-                values.flatten(0, 1), 0, self.packing.real, out=packed[self.packing.shared :]
-            )
+    @cached_property
+    def _real(self) -> Tensor:
+        """Which of the rows x width queries are no repetitions, int64."""
+        return self._index(
+            [
+                i * self.width + j
+                for i, (n, _) in enumerate(self.rows)
+                for j in range(min(n, self.stop) - self.first)
+            ]
+        )
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The packed places of the queries without repetitions, int64."""
+        return self._index(
+            [
+                start + j
+                for n, start in self.rows
+                for j in range(self.first, min(n, self.stop))
+            ]
+        )
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """(rows * stop,) int64: the packed places of all keys of the rows."""
+        return self._index(
+            [start + min(j, n - 1) for n, start in self.rows for j in range(self.stop)]
+        )
+
+    def _index(self, places: list[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.long, device=self.device)
+
+    def _own(self, packed: Tensor, first: int) -> Tensor:
+        """(num_tokens, ...) to (rows, stop - first, ...): the rows from `first` to `stop`."""
+        if len(self.rows) == 1:
+            start = self.rows[0][1]
+            return packed[None, start + first : start + self.stop]
+        spread = packed[self._slots].unflatten(0, (len(self.rows), self.stop))
+        return spread[:, first:]
 
     def keys(self, packed: Tensor) -> Tensor:
-        """(num_tokens, groups, d) to (rows * groups, before + width, d)."""
-        own = self.spread(packed).transpose(1, 2)
-        groups, width = own.shape[1], own.shape[-1]
+        """(num_tokens, groups, d) to (rows * groups, before + stop, d)."""
+        own = self._own(packed, 0).transpose(1, 2)
         if self.before:
-            shared = packed[: self.before].transpose(0, 1)[None].expand(self.rows, -1, -1, -1)
-            own = torch.cat([shared, own], dim=2)
-        return own.reshape(self.rows * groups, self.before + self.width, width)
+            shared = packed[: self.before].transpose(0, 1)[None]
+            own = torch.cat([shared.expand(len(self.rows), -1, -1, -1), own], dim=2)
+        return own.reshape(-1, self.before + self.stop, packed.shape[-1])
 
-    def place_keys(self, values: Tensor, packed: Tensor) -> None:
-        """The gradient of `keys`, written or, on the shared start, added; mutates `packed`.
+    def add_keys(self, values: Tensor, packed: Tensor) -> None:
+        """Add the gradient of `keys` where it belongs; mutates `packed`.
 
         Args:
-            values: (rows * groups, before + width, d); zero behind the end of a row.
+            values: (rows * groups, before + stop, d); zero behind the end of a row.
             packed: (num_tokens, groups, d).
         """
-        per_row = values.unflatten(0, (self.rows, -1))
-        self.place(per_row[:, :, self.before :].transpose(1, 2), packed)
+        per_row = values.unflatten(0, (len(self.rows), -1))
+        own = per_row[:, :, self.before :].transpose(1, 2)
+        if len(self.rows) == 1:
+            start = self.rows[0][1]
+            packed[start : start + self.stop] += own[0]
+        else:
+            packed.index_add_(0, self._slots, own.flatten(0, 1).to(packed.dtype))
         if self.before:
             packed[: self.before] += per_row[:, :, : self.before].sum(0).transpose(0, 1)
 
     def queries(self, packed: Tensor, groups: int, *, zero_behind: bool = False) -> Tensor:
-        """(num_tokens, heads, d) to (rows * groups, heads / groups * width, d)."""
-        spread = self.spread(packed, zero_behind=zero_behind)
+        """(num_tokens, heads, d) to (rows * groups, heads / groups * width, d).
+
+        Args:
+            packed: values of all tokens.
+            groups: key heads.
+            zero_behind: fill what is behind the end of a row with zeros, as gradients need it.
+        """
+        spread = self._own(packed, self.first)
+        if zero_behind and self._is_padded:
+            real = spread.flatten(0, 1)[self._real]
+            spread = torch.zeros_like(spread, memory_format=torch.contiguous_format)
+            spread.flatten(0, 1).index_copy_(0, self._real, real)
         spread = spread.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-        return spread.reshape(self.rows * groups, -1, packed.shape[-1])
+        return spread.reshape(len(self.rows) * groups, -1, packed.shape[-1])
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """(rows * groups, heads / groups * width, d) to the real queries, (places, heads, d)."""
+        groups = values.shape[0] // len(self.rows)
+        per_head = values.view(len(self.rows), groups, -1, self.width, values.shape[-1])
+        spread = per_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+        return spread[self._real] if self._is_padded else spread
 
     def place_queries(self, values: Tensor, packed: Tensor) -> None:
         """The inverse of `queries`; mutates `packed`."""
-        groups = values.shape[0] // self.rows
-        per_head = values.view(self.rows, groups, -1, self.width, values.shape[-1])
-        spread = per_head.permute(0, 3, 1, 2, 4).flatten(2, 3)
-        self.place(spread, packed)
+        if len(self.rows) == 1:
+            start = self.rows[0][1]
+            packed[start + self.first : start + self.stop] = self.rows_of(values)
+        else:
+            packed.index_copy_(0, self.places, self.rows_of(values))
 
     def hide(self, scores: Tensor) -> None:
         """Take keys behind the query out of scores (rows * groups, heads * width, keys), in place.
@@ -159,9 +217,10 @@ class Block:
         Keys behind the end of a row are behind all of its queries.
         """
         ones = torch.ones(self.width, self.width, dtype=torch.bool, device=scores.device)
-        later = ones.triu_(1)
-        own = scores.view(scores.shape[0], -1, self.width, scores.shape[-1])[..., self.before :]
-        own.masked_fill_(later, torch.finfo(scores.dtype).min)
+        own = scores.view(scores.shape[0], -1, self.width, scores.shape[-1])
+        own[..., self.before + self.first :].masked_fill_(
+            ones.triu_(1), torch.finfo(scores.dtype).min
+        )
 
 
 def packed_attention(
@@ -190,7 +249,7 @@ def packed_attention(
     """
     groups = key.shape[1]
     found: list[Tensor] = []
-    for block in packing.blocks():
+    for block in packing.blocks:
         queries = block.queries(query, groups)
         scores = (queries * scale) @ block.keys(key).transpose(-1, -2)
         if softcap is not None:
@@ -198,10 +257,9 @@ def packed_attention(
         block.hide(scores)
         weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
         mixed = weights @ block.keys(value)
-        per_head = mixed.view(block.rows, groups, -1, block.width, mixed.shape[-1])
-        rows = per_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-        found.append(rows if block.packing is None else rows[block.packing.real])
-    return torch.cat(found)
+        found.append(block.rows_of(mixed))
+    order = torch.cat([block.places for block in packing.blocks]).argsort()
+    return torch.cat(found)[order]
 
 
 def pack_rows(

@@ -135,15 +135,11 @@ def _padded(model: PreTrainedModel, mode: FakeTensorMode, batch: BatchShape) -> 
 
 def _packed(model: PreTrainedModel, mode: FakeTensorMode, batch: BatchShape) -> dict[str, Any]:
     """The batch as `models.packing` makes it, with nothing shared between its rows."""
-    packing = Packing(0, (batch.length,) * batch.rows, torch.device("cpu"))
-    # Where the tokens are is worked out with their values: here, before values are gone.
-    places = {name: getattr(packing, name) for name in ("slots", "real", "positions")}
     with mode:
-        for name, value in places.items():
-            vars(packing)[name] = torch.zeros(value.shape, dtype=value.dtype)
+        packing = Packing(0, (batch.length,) * batch.rows, torch.device("cpu"))
         return {
             "input_ids": torch.zeros((1, packing.num_tokens), dtype=torch.long),
-            "position_ids": vars(packing)["positions"][None],
+            "position_ids": packing.positions[None],
             "attention_mask": torch.zeros(1, 1, 1, 1),
             "packing": packing,
         }

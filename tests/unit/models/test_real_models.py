@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lorakit.errors import LorakitWarning
 from lorakit.models.checkpoint import estimate_model_bytes
 from lorakit.models.load import load_base_model, load_config
 from lorakit.models.named import find_named
@@ -99,3 +100,19 @@ def test_two_processes_that_convert_at_once_share_one_whole_result(tmp_path):
     assert results[0][0] == results[1][0]
     assert sorted("converting model from GGUF" in errors for _, errors in results) == [False, True]
     assert estimate_model_bytes(results[0][0].strip()) == 4 * 134_515_008
+
+
+def test_bfloat16_batches_are_packed_without_a_word(smollm2_path, recwarn):
+    from lorakit.models.attention import GROUPED, use_attention
+    from lorakit.models.label_head import LabelHead
+
+    model = load_base_model(str(smollm2_path), dtype=torch.bfloat16)
+    use_attention(model, GROUPED)
+    ids = torch.randint(1000, 9000, (2, 90), generator=torch.Generator().manual_seed(0))
+    ids[:, :30] = ids[:1, :30]
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[:, :60], labels[1, 70:], mask[1, 70:] = -100, -100, 0
+    head = LabelHead(model)
+    head.loss({"input_ids": ids, "labels": labels, "attention_mask": mask})
+    assert head.packs
+    assert not [w for w in recwarn if issubclass(w.category, LorakitWarning)]
