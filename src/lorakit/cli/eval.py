@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-by-prompt",
         action=argparse.BooleanOptionalAction,
         help="rows with the same prompt are one question with several references (default: only "
-        "if bleu or rouge_l is measured)",
+        "if bleu, rouge_l, nist or cider is measured)",
     )
     parser.add_argument(
         "--choice-normalisation",

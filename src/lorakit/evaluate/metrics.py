@@ -54,10 +54,10 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
     Tokens are lower-cased words, currency signs and marks; sentence marks, quotes and brackets are
     dropped. The corpus score is the mean over answers.
     """
-    tokens = _rouge_tokens(answer)
+    tokens = rouge_tokens(answer)
     precision = recall = 0.0
     for reference in references:
-        other = _rouge_tokens(reference)
+        other = rouge_tokens(reference)
         if tokens and other:
             common = _common_length(tokens, other)
             precision = max(precision, common / len(tokens))
@@ -78,7 +78,7 @@ def bleu_statistics(answers: Sequence[str], references: Sequence[Sequence[str]])
     Raises:
         DataError: not one list of references per answer, or an empty one.
     """
-    _require_references(answers, references)
+    require_references(answers, references)
     # `force` only silences the advice about text that looks tokenised.
     bleu = BLEU(lowercase=True, tokenize="13a", force=True)
     rows = np.zeros((len(answers), 2 + 2 * _ORDERS))
@@ -122,7 +122,7 @@ def corpus_rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) 
     Raises:
         DataError: not one list of references per answer, or an empty one.
     """
-    _require_references(answers, references)
+    require_references(answers, references)
     scores = [rouge_l(a, group) for a, group in zip(answers, references, strict=True)]
     return sum(scores) / len(scores)
 
@@ -143,7 +143,8 @@ def _words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
-def _rouge_tokens(text: str) -> list[str]:
+def rouge_tokens(text: str) -> list[str]:
+    """Lower-cased words, currency signs and marks, without sentence marks, quotes and brackets."""
     return [t for t in _ROUGE_TOKEN.findall(text.lower()) if t not in _ROUGE_DROPPED]
 
 
@@ -160,7 +161,12 @@ def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - row.bit_count()
 
 
-def _require_references(answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def require_references(answers: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Refuse references that do not fit the answers.
+
+    Raises:
+        DataError: not one list of references per answer, or an empty one.
+    """
     if not answers or len(answers) != len(references):
         raise DataError(
             "answers and references do not fit together",

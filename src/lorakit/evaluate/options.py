@@ -45,9 +45,15 @@ METRICS: dict[str, Metric] = {
     "rouge_l": Metric(
         "answers", True, "mean ROUGE-L, F with beta 1.2, all references, as the E2E script's"
     ),
+    "nist": Metric(
+        "answers", True, "corpus NIST-5, lower-cased, mteval-v13a tokens, all references"
+    ),
+    "cider": Metric(
+        "answers", True, "mean CIDEr-D, 0 to 10, idf of the references at hand, ROUGE-L's tokens"
+    ),
 }
 
-_CORPUS_METRICS = frozenset({"bleu", "rouge_l"})
+_CORPUS_METRICS = frozenset({"bleu", "rouge_l", "nist", "cider"})
 
 
 def _help(text: str) -> dict[str, str]:
@@ -76,7 +82,7 @@ class EvalOptions:
         default=None,
         metadata=_help(
             "rows with the same prompt are one question with several references; "
-            "null: only if bleu or rouge_l is measured"
+            "null: only if bleu, rouge_l, nist or cider is measured"
         ),
     )
     choice_normalisation: Literal["none", "tokens"] = field(

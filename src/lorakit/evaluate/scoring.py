@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorakit.evaluate import sql
+from lorakit.evaluate.corpus_metrics import cider_scores, nist_of, nist_statistics
 from lorakit.evaluate.intervals import Sample
 from lorakit.evaluate.metrics import bleu_of, bleu_statistics, exact_match, rouge_l, token_f1
 from lorakit.evaluate.tasks import Question
@@ -42,6 +43,16 @@ def _bleu(questions: Sequence[Question], answers: Sequence[str]) -> Scored:
     return Scored(Sample(statistics, bleu_of), None, [])
 
 
+def _nist(questions: Sequence[Question], answers: Sequence[str]) -> Scored:
+    statistics = nist_statistics(answers, [question.references for question in questions])
+    return Scored(Sample(statistics, nist_of), None, [])
+
+
+def _cider(questions: Sequence[Question], answers: Sequence[str]) -> Scored:
+    scores = cider_scores(answers, [question.references for question in questions])
+    return Scored(Sample.mean_of(scores), scores, [])
+
+
 def _sql_execution(questions: Sequence[Question], answers: Sequence[str]) -> Scored:
     verdicts = [_execute(q, answer) for q, answer in zip(questions, answers, strict=True)]
     scores = [score for score, _ in verdicts]
@@ -66,5 +77,7 @@ SCORERS: dict[str, Scorer] = {
     "token_f1": _mean_of(token_f1),
     "rouge_l": _mean_of(rouge_l),
     "bleu": _bleu,
+    "nist": _nist,
+    "cider": _cider,
     "sql_execution": _sql_execution,
 }

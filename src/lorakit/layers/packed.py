@@ -130,11 +130,7 @@ class Block:
     def places(self) -> Tensor:
         """The packed places of the queries without repetitions, int64."""
         return self._index(
-            [
-                start + j
-                for n, start in self.rows
-                for j in range(self.first, min(n, self.stop))
-            ]
+            [start + j for n, start in self.rows for j in range(self.first, min(n, self.stop))]
         )
 
     @cached_property

@@ -17,7 +17,7 @@ from lorakit.report.schema import MethodCurve, MethodPoint, MethodTable, Report,
 
 _NONE = "–"
 # Metrics that are fractions of something, written in percent.
-_NOT_SHARES = ("loss", "perplexity")
+_NOT_SHARES = ("loss", "perplexity", "nist", "cider")
 
 
 def methods_report(record: Mapping[str, Any]) -> Report:

@@ -15,7 +15,7 @@ from lorakit.formatting import (
 from lorakit.report.schema import Certificate, Comparison, ComparisonRow, Sample, Tile
 
 # Metrics that are not fractions of something, whatever their value.
-_NOT_SHARES = ("perplexity", "loss", "tokens", "seconds", "nats")
+_NOT_SHARES = ("perplexity", "loss", "tokens", "seconds", "nats", "nist", "cider")
 # Shown elsewhere in the report, or for programs only.
 _NOT_DETAILS = (
     "title",
