@@ -90,20 +90,41 @@ def convert(
         prefix=options.prefix,
     )
     adapter = _read(source, source_format, given)
-    with atomic_directory(output) as staging:
-        written = _write(adapter, staging, to, given)
-        error = _prove(adapter, written, to, given)
-        name = written.name if written != staging else ""
+    written, error = write_as(adapter, output, to, given)
     return {
         "from": source_format,
         "to": to,
         "base": ref,
-        "output": str(output / name),
+        "output": str(written),
         "num_updates": len(adapter.factors),
         "num_params": adapter.num_params(),
         "max_relative_error": error,
         "alpha": _alpha(adapter),
     }
+
+
+def write_as(adapter: Adapter, output: Path, to: str, given: Conversion) -> tuple[Path, float]:
+    """Write an adapter in a format; it takes its name when it was read back and compared.
+
+    Args:
+        adapter: bound to `given.model`.
+        output: a directory that does not exist, or is empty.
+        to: peft or one of `FOREIGN`.
+        given: the base.
+
+    Returns:
+        What the other tool loads, and the largest relative error of a change.
+
+    Raises:
+        RequestError: what the format cannot hold.
+        WorkError: the result does not read back as what was written.
+        OutputError: the output is taken.
+    """
+    with atomic_directory(output) as staging:
+        written = _write(adapter, staging, to, given)
+        error = _prove(adapter, written, to, given)
+        name = written.name if written != staging else ""
+    return output / name, error
 
 
 def _read(source: Path, name: str, given: Conversion) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ from learned import attach_learned
 from lorakit.adapters.attach import detach
 from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
-from lorakit.converting import convert
+from lorakit.handover.run import export_adapter
 from lorakit.models.named import find_named
 
 _PROMPT = "The capital of France is"
 _BASE = "smollm2-135m-instruct"
 
 
-def asked(xlc: Any, adapter: str | None) -> dict[int, float]:
+def asked(xlc: Any, base: str, adapter: str | None) -> dict[int, float]:
     """Token -> log probability of the 20 likeliest next tokens, as llama.cpp gives them."""
     params = xlc.CommonParams()
-    params.model.path = str(find_named(_BASE))
+    params.model.path = base
     params.n_ctx = 256
     params.cpuparams.n_threads = 1
     if adapter is not None:
@@ -43,7 +44,15 @@ def asked(xlc: Any, adapter: str | None) -> dict[int, float]:
 
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     # Rows of q and k stand in another order in llama.cpp.
-    "q-and-k": ({"targets": ("q_proj", "k_proj"), "rank_pattern": {"k_proj": 6}}, 0.1),
+    "q-and-k": (
+        {
+            "targets": ("q_proj", "k_proj"),
+            "rank_pattern": {"k_proj": 6},
+            "scaling": "alpha/sqrt(r)",
+            "alpha": 6,
+        },
+        0.1,
+    ),
 }
 
 
@@ -62,12 +71,14 @@ def test_llama_cpp_answers_as_the_live_adapter(
 
     before = ours()
     spec, size = CASES[case]
-    attach_learned(model, LoraSpec(r=4, alpha=12, **spec), size=size)
+    attach_learned(model, LoraSpec(r=4, **spec), size=size)
     live = ours()
     adapter_from_model(model).save(tmp_path / "adapter")
     detach(model)
-    record = convert(tmp_path / "adapter", tmp_path / "gguf", "gguf", base=_BASE)
-    theirs = asked(xlc, record["output"])
+    done = export_adapter(tmp_path / "adapter", tmp_path / "out", engine="llama.cpp", base=_BASE)
+    words = shlex.split(done.command)
+    assert words[:3] == ["llama-server", "--model", str(find_named(_BASE))]
+    theirs = asked(xlc, words[2], words[words.index("--lora") + 1])
     # llama.cpp multiplies in 8 bits: 0.3 nats for the base alone, where the adapter moves several.
     # With q's and k's rows in the other order it is more than half of what the adapter moves.
     moved = max(abs(float(live[i] - before[i])) for i in theirs)

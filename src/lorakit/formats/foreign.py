@@ -139,6 +139,29 @@ def refuse_beside(adapter: Adapter, target: str) -> None:
         )
 
 
+def refuse_tied(adapter: Adapter, given: Conversion, target: str) -> None:
+    """Refuse an update of a weight that the base uses twice, where the format's tool changes both.
+
+    Here, as in PEFT, an adapter on a tied embedding changes the look-up alone.
+
+    Raises:
+        RequestError: embedding and head are tied, and the adapter is on one of them.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in base_modules(given.model).items():
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if own == "weight":
+                owners.setdefault(id(parameter), []).append(name)
+    tied = {name for names in owners.values() if len(names) > 1 for name in names}
+    for module in adapter.modules():
+        if module in tied:
+            raise RequestError(
+                f"{target} would change embedding and head, which are tied; the adapter is on one",
+                where=module,
+                remedy="merge the adapter, and convert the merged model",
+            )
+
+
 def commonest_scaling(updates: Sequence[WholeUpdate]) -> float:
     """The scaling most updates have, so that few factors change."""
     scalings = [update.scaling for update in updates]

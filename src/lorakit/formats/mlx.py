@@ -29,6 +29,7 @@ from lorakit.formats.foreign import (
     pairs_of,
     read_safetensors,
     refuse_beside,
+    refuse_tied,
     whole_updates,
 )
 from lorakit.formats.peft_parts import stack_magnitudes, stack_parts
@@ -81,14 +82,17 @@ class MlxFormat:
             made = names.factors(own[key], a.T, b.T, scaling=scale, where=path)
             factors[own[key]] = _with_magnitude(made, magnitudes.get(key))
         adapter = made_adapter(factors, given, source=path, format_name=self.name)
+        refuse_tied(adapter, given, "mlx-lm")
         return _as_dora(adapter) if dora else adapter
 
     def write(self, adapter: Adapter, path: Path, given: Conversion) -> Path:
         """Write the directory; lower ranks are padded with zeros, scalings folded into lora_b.
 
         Raises:
-            RequestError: biases or modules trained beside, a convolution, DoRA on parts.
+            RequestError: biases or modules trained beside, a convolution, DoRA on parts, a tied
+                embedding.
         """
+        refuse_tied(adapter, given, "mlx-lm")
         dora = adapter.spec.update == "dora"
         updates = _dora_updates(adapter) if dora else _lora_updates(adapter)
         scale = commonest_scaling(updates)

@@ -23,6 +23,8 @@ _VLLM_FLAGS = {
     "--port": 1,
     "--served-model-name": 1,
 }
+_LLAMA_FLAGS = {"--model": 1, "--lora": 1, "--alias": 1, "--host": 1, "--outfile": 1, "--remote": 0}
+_MLX_FLAGS = {"--model": 1, "--adapter-path": 1, "--prompt": 1}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -34,13 +36,13 @@ class Place:
         base: the base as the other engine finds it: a hub id or a directory.
         name: the adapter's name in requests.
         directory: where the exported adapter lies.
-        r: its rank.
+        r: its rank; 0 where the command does not say it.
     """
 
     base: str
     name: str
     directory: Path
-    r: int
+    r: int = 0
 
 
 def vllm_command(place: Place) -> str:
@@ -51,6 +53,37 @@ def vllm_command(place: Place) -> str:
     words += ["--lora-modules", f"{place.name}={place.directory}", "--host", "127.0.0.1"]
     command = shlex.join(words)
     lint_command(command, ("vllm", "serve"), _VLLM_FLAGS)
+    return command
+
+
+def llama_command(place: Place, file: Path) -> str:
+    """`llama-server` with this adapter over a GGUF file of the base.
+
+    Where the base is a checkpoint, llama.cpp's own converter makes that file first.
+
+    Args:
+        place: the base: a .gguf file, a checkpoint's directory or a hub id.
+        file: the adapter.
+    """
+    model = place.base
+    words: list[str] = []
+    if not model.endswith(".gguf"):
+        model = str(place.directory / "base.gguf")
+        words = ["python", "convert_hf_to_gguf.py", place.base, "--outfile", model]
+        words += [] if Path(place.base).is_dir() else ["--remote"]
+        lint_command(shlex.join(words), ("python", "convert_hf_to_gguf.py"), _LLAMA_FLAGS)
+    serve = ["llama-server", "--model", model, "--lora", str(file)]
+    serve += ["--alias", place.name, "--host", "127.0.0.1"]
+    command = shlex.join(serve)
+    lint_command(command, ("llama-server",), _LLAMA_FLAGS)
+    return f"{shlex.join(words)} && {command}" if words else command
+
+
+def mlx_command(place: Place) -> str:
+    """`mlx_lm.generate` with this adapter; `mlx_lm.server` takes the same two paths."""
+    words = ["mlx_lm.generate", "--model", place.base, "--adapter-path", str(place.directory)]
+    command = shlex.join([*words, "--prompt", "Hello"])
+    lint_command(command, ("mlx_lm.generate",), _MLX_FLAGS)
     return command
 
 

@@ -21,7 +21,7 @@ class EngineRules:
         kinds: layer kinds whose updates it applies.
         uniform: it computes one rank and one scaling for all modules, so they must be equal.
         trained_beside: it loads biases and whole modules that were trained beside.
-        dora: it computes DoRA.
+        dora: layer kinds whose DoRA it computes.
     """
 
     name: str
@@ -29,7 +29,7 @@ class EngineRules:
     kinds: frozenset[str]
     uniform: bool
     trained_beside: bool
-    dora: bool
+    dora: frozenset[str]
 
 
 VLLM = EngineRules(
@@ -38,7 +38,24 @@ VLLM = EngineRules(
     kinds=frozenset({"linear"}),
     uniform=True,
     trained_beside=False,
-    dora=False,
+    dora=frozenset(),
+)
+LLAMA_CPP = EngineRules(
+    name="llama.cpp",
+    max_rank=None,
+    kinds=frozenset({"linear", "embedding"}),
+    uniform=False,
+    trained_beside=False,
+    dora=frozenset(),
+)
+MLX = EngineRules(
+    name="mlx-lm",
+    max_rank=None,
+    kinds=frozenset({"linear", "conv1d", "embedding"}),
+    uniform=True,
+    trained_beside=False,
+    # It measures an embedding's DoRA per token, PEFT per dimension.
+    dora=frozenset({"linear", "conv1d"}),
 )
 PEFT = EngineRules(
     name="PEFT",
@@ -46,7 +63,7 @@ PEFT = EngineRules(
     kinds=frozenset({"linear", "conv1d", "embedding", "conv2d"}),
     uniform=False,
     trained_beside=True,
-    dora=True,
+    dora=frozenset({"linear", "conv1d", "embedding", "conv2d"}),
 )
 
 
@@ -82,8 +99,12 @@ def check(adapter: Adapter, rules: EngineRules) -> list[str]:
 
 def _problems(adapter: Adapter, rules: EngineRules) -> list[str]:
     found: list[str] = []
-    if adapter.spec.update == "dora" and not rules.dora:
-        found.append("DoRA: its magnitudes are not low-rank")
+    if adapter.spec.update == "dora":
+        kinds = {factors.kind for factors in adapter.factors.values()} & rules.kinds
+        if not rules.dora:
+            found.append("DoRA: its magnitudes are not low-rank")
+        elif kinds - rules.dora:
+            found.append(f"DoRA of {', '.join(sorted(kinds - rules.dora))}, which it does not do")
     beside = sorted({*adapter.biases, *adapter.overrides})
     if beside and not rules.trained_beside:
         shown = ", ".join(beside[:3]) + (f" and {len(beside) - 3} more" if len(beside) > 3 else "")

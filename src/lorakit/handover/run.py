@@ -13,14 +13,29 @@ from lorakit.errors import AdapterFileError, RequestError
 from lorakit.files import require_free, write_text
 from lorakit.formats.peft import TENSORS_NAME, read_adapter, write_adapter
 from lorakit.formats.peft_config import CONFIG_NAME
-from lorakit.handover.commands import Place, check_name, ray_file, vllm_command
-from lorakit.handover.rules import PEFT, VLLM, check
+from lorakit.handover.commands import (
+    Place,
+    check_name,
+    llama_command,
+    mlx_command,
+    ray_file,
+    vllm_command,
+)
+from lorakit.handover.converted import gguf_of, write_converted
+from lorakit.handover.rules import LLAMA_CPP, MLX, PEFT, VLLM, EngineRules, check
 from lorakit.handover.uniform import uniform
 from lorakit.models.named import NAMED_MODELS
 
-Engine = Literal["vllm", "ray-serve", "peft"]
+Engine = Literal["vllm", "llama.cpp", "mlx", "ray-serve", "peft"]
 ENGINES: tuple[str, ...] = get_args(Engine)
-RAY_FILE = "ray_serve.py"
+_RULES: dict[str, EngineRules] = {
+    "vllm": VLLM,
+    "ray-serve": VLLM,
+    "llama.cpp": LLAMA_CPP,
+    "mlx": MLX,
+    "peft": PEFT,
+}
+RAY_FILE, RAY_APP = "ray_serve.py", "ray_serve:app"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,42 +87,54 @@ def export_adapter(
     name = name or output.resolve().name
     check_name(name)
     adapter = read_adapter(source)
-    checked = check(adapter, PEFT if engine == "peft" else VLLM)
-    ref = _base_of(adapter, base, source)
-    changed: list[str] = []
-    if engine != "peft":
-        adapter, changed = uniform(adapter)
-    adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": ref})
-    write_adapter(adapter, output)
-    _check_written(output, adapter)
-    place = Place(base=ref, name=name, directory=output.resolve(), r=_written_rank(output))
-    if engine == "ray-serve":
-        write_text(output / RAY_FILE, ray_file(place))
+    checked = check(adapter, _RULES[engine])
+    ref = _base_of(adapter, base, source, engine)
+    if engine in ("llama.cpp", "mlx"):
+        written, changed = write_converted(adapter, output, engine, ref)
+        place = Place(base=ref, name=name, directory=output.resolve())
+        file = place.directory / written.name
+        command = llama_command(place, file) if engine == "llama.cpp" else mlx_command(place)
+    else:
+        changed, command = _write_peft(adapter, output, engine, base=ref, name=name)
     return Exported(
         engine=engine,
         path=str(output),
         base=ref,
         checked=checked,
         changed=changed,
-        command=_command(engine, place),
+        command=command,
         files=sorted(file.name for file in output.iterdir()),
     )
 
 
-def _command(engine: Engine, place: Place) -> str:
+def _write_peft(
+    adapter: Adapter, output: Path, engine: Engine, *, base: str, name: str
+) -> tuple[list[str], str]:
+    """PEFT's layout as the engine computes it; what was changed, and the command."""
+    changed: list[str] = []
+    if engine != "peft":
+        adapter, changed = uniform(adapter)
+    adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": base})
+    write_adapter(adapter, output)
+    _check_written(output, adapter)
+    place = Place(base=base, name=name, directory=output.resolve(), r=_written_rank(output))
     if engine == "vllm":
-        return vllm_command(place)
+        return changed, vllm_command(place)
     if engine == "ray-serve":
-        return f"cd {shlex.quote(str(place.directory))} && serve run ray_serve:app"
-    return f"PeftModel.from_pretrained(model, {str(place.directory)!r})"
+        write_text(output / RAY_FILE, ray_file(place))
+        return changed, f"cd {shlex.quote(str(place.directory))} && serve run {RAY_APP}"
+    return changed, f"PeftModel.from_pretrained(model, {str(place.directory)!r})"
 
 
-def _base_of(adapter: Adapter, base: str | None, source: Path) -> str:
+def _base_of(adapter: Adapter, base: str | None, source: Path, engine: Engine) -> str:
     ref = base or adapter.config.get("base_model_name_or_path")
     if not isinstance(ref, str) or not ref:
         raise AdapterFileError(
             "the adapter does not name its base", where=str(source), remedy="name it: --base REF"
         )
+    if engine == "llama.cpp":
+        # The named models are GGUF files that llama.cpp reads as they are.
+        ref = gguf_of(ref)
     if ref in NAMED_MODELS and not Path(ref).exists():
         raise RequestError(
             f"only lorakit knows the base {ref!r} by this name",

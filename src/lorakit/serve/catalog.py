@@ -22,6 +22,7 @@ from lorakit.formats.passport import PASSPORT_NAME
 from lorakit.formats.peft import TENSORS_NAME
 from lorakit.formats.peft_config import CONFIG_NAME, read_config
 from lorakit.methods.files import read_saved
+from lorakit.serve.confine import adapter_in
 
 _FILES = (CONFIG_NAME, TENSORS_NAME, PASSPORT_NAME)
 # Parts of a passport that grow with the model and tell a reader of a list nothing.
@@ -56,8 +57,8 @@ class Catalog:
     """Names and their directories; from any thread.
 
     Args:
-        root: every directory in it that holds an adapter has its own name; nothing outside it is
-            ever read. None: names are added one by one, from anywhere.
+        root: every directory in it that holds an adapter, itself or as `adapter` (what training
+            leaves), has its own name; nothing outside it is ever read. None: names are added one by one, from anywhere.
 
     Raises:
         RequestError: `root` is not a directory.
@@ -151,7 +152,7 @@ class Catalog:
             raise RequestError(
                 "no path was given", where=name, remedy="name the adapter's directory"
             )
-        return self.root / name
+        return adapter_in(self.root / name) or self.root / name
 
     def names(self) -> list[str]:
         """Every name that is served, sorted."""
@@ -167,7 +168,7 @@ class Catalog:
         try:
             source = self.find(name)
         except LorakitError as error:
-            return None, Facts(None, {}, error.what)
+            return None, Facts(None, {}, _reason(error))
         with self._lock:
             known = self._facts.get(name)
         if known is None or known[0] != source:
@@ -182,12 +183,11 @@ class Catalog:
                 return self._added[name]
             if self.root is None or name in self._hidden or not _is_name(name):
                 return None
-        path = self.root / name
-        return path if _holds_adapter(path) else None
+        return adapter_in(self.root / name)
 
     def _on_disk(self) -> Iterator[str]:
         for path in self.root.iterdir() if self.root is not None else ():
-            if _is_name(path.name) and _holds_adapter(path):
+            if _is_name(path.name) and adapter_in(path) is not None:
                 yield path.name
 
 
@@ -197,10 +197,6 @@ def _is_name(name: str) -> bool:
     except StateError:
         return False
     return True
-
-
-def _holds_adapter(path: Path) -> bool:
-    return (path / CONFIG_NAME).is_file()
 
 
 def _stamp(path: Path) -> Stamp:
@@ -220,10 +216,15 @@ def _read_facts(path: Path) -> Facts:
         config = read_config(path)
         document = read_saved(path).passport
     except LorakitError as error:
-        return Facts(None, {}, error.what)
+        return Facts(None, {}, _reason(error))
     r = config.get("r")
     passport = {k: _slim(v) for k, v in document.items() if k not in _BULKY}
     return Facts(r if isinstance(r, int) else None, passport, None)
+
+
+def _reason(error: LorakitError) -> str:
+    """One line: what is wrong, and what was found."""
+    return error.what if error.found is None else f"{error.what}: {error.found.splitlines()[0]}"
 
 
 def _slim(value: Any) -> Any:

@@ -10,6 +10,19 @@ from lorakit.formats.peft import TENSORS_NAME
 from lorakit.formats.peft_config import CONFIG_NAME
 
 _READ = (CONFIG_NAME, TENSORS_NAME, PASSPORT_NAME)
+# Where training leaves what it learned, below its output directory.
+_TRAINED = "adapter"
+
+
+def adapter_in(directory: Path) -> Path | None:
+    """The adapter that a directory is, or that training left in it as `adapter`.
+
+    What another method learned is found too, so that it can be refused by name.
+    """
+    for place in (directory, directory / _TRAINED):
+        if any((place / name).is_file() for name in (CONFIG_NAME, PASSPORT_NAME)):
+            return place
+    return None
 
 
 def adapter_inside(root: Path | None, path: str) -> Path:
@@ -20,8 +33,8 @@ def adapter_inside(root: Path | None, path: str) -> Path:
         path: as it came in the request.
 
     Returns:
-        A directory inside `root`, links followed, with safetensors in it; every file that will be
-        read lies inside `root` too.
+        The directory, or `adapter` in it where training left one: inside `root`, links followed,
+        with safetensors in it; every file that will be read lies inside `root` too.
 
     Raises:
         AdapterFileError: it is absolute, holds `..`, leads out by a link, or holds no adapter.
@@ -34,6 +47,8 @@ def adapter_inside(root: Path | None, path: str) -> Path:
         raise _outside()
     real_root = root.resolve()
     directory = (real_root / path).resolve()
+    if directory.is_relative_to(real_root) and directory != real_root:
+        directory = (adapter_in(directory) or directory).resolve()
     places = [directory, *((directory / name).resolve() for name in _READ)]
     if directory == real_root or not all(place.is_relative_to(real_root) for place in places):
         raise _outside()

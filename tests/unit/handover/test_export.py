@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,11 +21,14 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import use
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli.main import main
-from lorakit.errors import AdapterFileError, RequestError
+from lorakit.errors import AdapterFileError, LorakitWarning, RequestError
+from lorakit.formats.foreign import Conversion
+from lorakit.formats.gguf_lora import GgufFormat
+from lorakit.formats.mlx import MlxFormat
 from lorakit.formats.peft import save_adapter
 from lorakit.handover.commands import lint_command
 from lorakit.handover.rules import VLLM_MAX_RANKS, vllm_max_rank
-from lorakit.handover.run import export_adapter
+from lorakit.handover.run import Engine, export_adapter
 
 Tiny = Callable[..., PreTrainedModel]
 MIXED = LoraSpec(
@@ -108,6 +114,115 @@ def unwrapped(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         for name, value in model.state_dict().items()
         if ".branches." not in name and "lora_" not in name
     }
+
+
+RS = LoraSpec(
+    r=4,
+    alpha=6,
+    targets=("q_proj", "k_proj", "down_proj"),
+    scaling="alpha/sqrt(r)",
+    rank_pattern={"down_proj": 2},
+)
+
+
+def saved_over(tiny: Tiny, path: Path, spec: LoraSpec, kind: str = "llama") -> tuple[Path, str]:
+    """A learned adapter, and the directory of its base."""
+    tiny(kind).save_pretrained(path / "base")
+    saved(tiny, path / "a", spec, kind)
+    return path / "a", str(path / "base")
+
+
+@pytest.mark.parametrize("spec", [MIXED, RS], ids=["mixed", "rslora"])
+def test_llama_cpp_gets_one_file_with_every_change(
+    tiny: Tiny, tmp_path: Path, spec: LoraSpec
+) -> None:
+    source, base = saved_over(tiny, tmp_path, spec)
+    done = export_adapter(source, tmp_path / "out", engine="llama.cpp", base=base, name="sql")
+    assert done.files == ["adapter.gguf"]
+    first, serve = done.command.split(" && ")
+    made = str(tmp_path / "out" / "base.gguf")
+    assert shlex.split(first) == ["python", "convert_hf_to_gguf.py", base, "--outfile", made]
+    assert shlex.split(serve) == [
+        *("llama-server", "--model", made, "--lora", str(tmp_path / "out" / "adapter.gguf")),
+        *("--alias", "sql", "--host", "127.0.0.1"),
+    ]
+    assert any("moved into B" in change for change in done.changed)
+    assert any("rsLoRA" in change for change in done.changed) == (spec is RS)
+    # Asked for by rank and alpha of the file alone, every change is what it was.
+    given = Conversion(model=tiny("llama"), base=base)
+    again, before = GgufFormat().read(tmp_path / "out", given), Adapter.load(source)
+    assert len({f.scaling * f.r for f in again.factors.values()}) == 1
+    for module in before.modules():
+        torch.testing.assert_close(again.delta(module), before.delta(module), rtol=1e-5, atol=1e-6)
+
+
+def test_a_hub_base_of_llama_cpp_is_converted_from_the_hub(tiny: Tiny, tmp_path: Path) -> None:
+    source, base = saved_over(tiny, tmp_path, RS)
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    # The hub cannot be reached here: names and shapes come from the base that the adapter names.
+    done = export_adapter(source, tmp_path / "out", engine="llama.cpp", base="org/base")
+    assert "convert_hf_to_gguf.py org/base --outfile" in done.command
+    assert " --remote && " in done.command
+
+
+@pytest.mark.parametrize("update", ["lora", "dora"])
+def test_mlx_lm_takes_the_directory_and_the_command(
+    tiny: Tiny, tmp_path: Path, update: Literal["lora", "dora"]
+) -> None:
+    source, base = saved_over(tiny, tmp_path, replace(RS, update=update))
+    done = export_adapter(source, tmp_path / "out", engine="mlx", base=base)
+    words = shlex.split(done.command)
+    directory = str(tmp_path / "out")
+    assert words[:5] == ["mlx_lm.generate", "--model", base, "--adapter-path", directory]
+    assert done.files == ["adapter_config.json", "adapters.safetensors"]
+    assert any("padded with zeros to 4" in change for change in done.changed)
+    again = MlxFormat().read(tmp_path / "out", Conversion(model=tiny("llama"), base=base))
+    before = Adapter.load(source)
+    weights = dict(tiny("llama").named_modules())
+    for module in before.modules():
+        weight = weights[module].get_parameter("weight").detach()
+        torch.testing.assert_close(
+            again.delta(module, weight), before.delta(module, weight), rtol=1e-5, atol=1e-6
+        )
+    pytest.importorskip("mlx.core")
+    theirs = importlib.import_module("mlx_lm.generate").setup_arg_parser().parse_args(words[1:])
+    assert (theirs.model, theirs.adapter_path) == (base, directory)
+
+
+@pytest.mark.parametrize(
+    ("engine", "spec", "named"),
+    [
+        (
+            "llama.cpp",
+            LoraSpec(targets="qv", update="dora", also_train=("lm_head",)),
+            ["DoRA", "lm_head"],
+        ),
+        ("mlx", LoraSpec(targets="qv", also_train=("lm_head",)), ["lm_head"]),
+        ("mlx", LoraSpec(targets=("embed_tokens", "q_proj"), update="dora"), ["embedding"]),
+    ],
+)
+def test_what_their_formats_cannot_hold_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, engine: Engine, spec: LoraSpec, named: list[str]
+) -> None:
+    source, base = saved_over(tiny, tmp_path, spec)
+    with pytest.raises(AdapterFileError, match="cannot serve this adapter") as caught:
+        export_adapter(source, tmp_path / "out", engine=engine, base=base)
+    assert all(word in (caught.value.found or "") for word in named)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "mlx"])
+def test_a_tied_embedding_is_refused_where_the_head_would_change_too(
+    tiny: Tiny, tmp_path: Path, engine: Engine
+) -> None:
+    with pytest.warns(LorakitWarning, match="shares its weight"):
+        source, base = saved_over(
+            tiny, tmp_path, LoraSpec(targets=("embed_tokens", "q_proj")), "llama-tied"
+        )
+    with pytest.raises(RequestError, match="tied"):
+        export_adapter(source, tmp_path / "out", engine=engine, base=base)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
