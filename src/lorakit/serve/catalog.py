@@ -58,7 +58,8 @@ class Catalog:
 
     Args:
         root: every directory in it that holds an adapter, itself or as `adapter` (what training
-            leaves), has its own name; nothing outside it is ever read. None: names are added one by one, from anywhere.
+            leaves), has its own name; nothing outside it is ever read. None: names are added one
+            by one, from anywhere.
 
     Raises:
         RequestError: `root` is not a directory.

@@ -261,7 +261,8 @@ def test_ray_serve_gets_an_application(tiny: Tiny, tmp_path: Path) -> None:
     done = export_adapter(tmp_path / "a", tmp_path / "out", engine="ray-serve", base="org/base")
     text = (tmp_path / "out" / "ray_serve.py").read_text()
     tree = ast.parse(text)
-    assert "app" in {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets}
+    assigned = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    assert "app" in {t.id for t in assigned if isinstance(t, ast.Name)}
     assert '"max_lora_rank": 8' in text
     assert repr(str(tmp_path.resolve())) in text
     assert done.command.endswith("serve run ray_serve:app")

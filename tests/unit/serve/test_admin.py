@@ -109,6 +109,9 @@ class TestConfinement:
         assert adapter_inside(root, "./sql/") == root / "sql"
         assert adapter_inside(root, "same") == root / "sql"
         assert adapter_inside(root, "deeper/sql") == root / "deeper" / "sql"
+        # What training leaves.
+        shutil.copytree(root / "sql", root / "run" / "adapter")
+        assert adapter_inside(root, "run") == root / "run" / "adapter"
 
     @pytest.mark.parametrize("path", ["../outside", "sql/../../outside", "", ".", "sql\0", "/etc"])
     def test_paths_out(self, places: tuple[Path, Path], path: str) -> None:
@@ -121,6 +124,10 @@ class TestConfinement:
 
     def test_links_out(self, places: tuple[Path, Path]) -> None:
         root, outside = places
+        (root / "run").mkdir()
+        (root / "run" / "adapter").symlink_to(outside)
+        with pytest.raises(AdapterFileError, match="leads out"):
+            adapter_inside(root, "run")
         (root / "link").symlink_to(outside)
         with pytest.raises(AdapterFileError, match="leads out"):
             adapter_inside(root, "link")

@@ -287,6 +287,76 @@ def test_the_directory_of_adapters_must_be_there(model, tmp_path: Path) -> None:
         Pool(model, tmp_path / "nowhere")
 
 
+def test_what_training_leaves_is_found_under_the_run_s_name(
+    model, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    spec = LoraSpec(r=2, alpha=5.0)
+    save_learned(model, spec, tmp_path / "kettle" / "adapter", seed=1)
+    save_learned(model, spec, tmp_path / "plain", seed=2)
+    # An adapter's directory is what it is, whatever else lies in it.
+    save_learned(model, spec, tmp_path / "plain" / "adapter", seed=3)
+    outside = save_learned(model, spec, tmp_path_factory.mktemp("outside") / "a", seed=4)
+    for name in ("led-out", "file-led-out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "led-out" / "adapter").symlink_to(outside)
+    shutil.copytree(outside, tmp_path / "file-led-out" / "adapter")
+    tensors = tmp_path / "file-led-out" / "adapter" / "adapter_model.safetensors"
+    tensors.unlink()
+    tensors.symlink_to(outside / "adapter_model.safetensors")
+    (tmp_path / "data").mkdir()
+    made = Pool(model, tmp_path)
+    try:
+        infos = {info.name: info for info in made.list()}
+        assert list(infos) == ["file-led-out", "kettle", "led-out", "plain"]
+        assert infos["kettle"].path == tmp_path / "kettle" / "adapter"
+        assert infos["plain"].path == tmp_path / "plain"
+        for name in ("led-out", "file-led-out"):
+            assert "outside the directory" in str(infos[name].problem)
+            with pytest.raises(RequestError, match="outside the directory"):
+                made.resolve(name)
+        served = made.bring("kettle")
+        assert served.key == made.load("again", tmp_path / "kettle" / "adapter").key
+        assert served.key == made.load("kettle").key != made.bring("plain").key
+    finally:
+        made.close()
+
+
+def test_what_another_method_learned_is_listed_with_the_reason(pool: Pool, root: Path) -> None:
+    for path in (root / "bitfit", root / "run" / "adapter"):
+        path.mkdir(parents=True)
+        document = {"format": 1, "method": "bitfit", "options": {}}
+        (path / "lorakit.json").write_text(json.dumps(document))
+    for name in ("bitfit", "run"):
+        (info,) = (info for info in pool.list() if info.name == name)
+        assert "'bitfit'" in str(info.problem)
+        with pytest.raises(AdapterFileError, match="'bitfit'"):
+            pool.resolve(name)
+
+
+def test_a_thousand_adapters_are_listed_in_under_a_second(model, tmp_path: Path) -> None:
+    first = save_learned(model, LoraSpec(r=2, alpha=5.0, targets="qv"), tmp_path / "a0000")
+    files = {file.name: file.read_bytes() for file in first.iterdir()}
+    for i in range(1, 1000):
+        path = tmp_path / f"a{i:04d}"
+        path.mkdir()
+        for name, data in files.items():
+            (path / name).write_bytes(data)
+    made = Pool(model, tmp_path)
+    try:
+        start = time.process_time()
+        infos = made.list()
+        assert time.process_time() - start < 1
+        assert len(infos) == 1000
+        assert {info.r for info in infos} == {2}
+        # Nothing is read into memory, and nothing is read twice.
+        assert made.counts() == (0, 0)
+        start = time.process_time()
+        assert [info.name for info in made.list()] == [info.name for info in infos]
+        assert time.process_time() - start < 0.5
+    finally:
+        made.close()
+
+
 def test_errors_are_ours(pool: Pool, root: Path) -> None:
     (root / "a2" / "adapter_config.json").write_text("{")
     info = pool.info("a2")
