@@ -20,7 +20,7 @@ from lorakit.errors import LorakitWarning
 from lorakit.layers import decoder, packed
 from lorakit.layers.packed import Packing
 from lorakit.layers.rms_norm import use_fast_norms
-from lorakit.models import fast_layers, packing
+from lorakit.models import fast_layers, packing, row_threads
 from lorakit.models.attention import GROUPED, use_attention
 from lorakit.models.fast_layers import use_fast_layers, use_own_layers
 from lorakit.models.label_head import LabelHead
@@ -154,6 +154,73 @@ def test_every_query_is_in_one_block(cost, monkeypatch):
     places = torch.cat([block.places for block in packing.blocks])
     assert places.sort().values.equal(torch.arange(9 + sum(lengths)))
     assert (len(packing.blocks) > 2) == (cost < 6000)
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(row_threads, "_LEAST_TOKENS", 4)
+    monkeypatch.setattr(row_threads, "_MOST_LEARNED", 1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_groups_of_rows_in_threads_give_the_same(
+    architecture, checkpointing, two_threads, calls, monkeypatch
+):
+    model = model_of(architecture, LoraSpec(targets="all-linear", r=3, alpha=7.5))
+    batch = a_batch(shared=0, lengths=(12, 5, 11, 12, 7))
+    expected = run(model, batch, label_smoothing=0.1)
+    use_attention(model, GROUPED)
+    use_fast_layers(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = run(model, batch, label_smoothing=0.1)
+    assert_same(found, expected)
+    assert calls.count("shared 0") == 4  # the check, the look for what is shared, two groups
+    assert torch.get_num_threads() == 2
+    torch.testing.assert_close(run(model, batch, label_smoothing=0.1), found, rtol=0, atol=0)
+
+
+def test_threads_know_of_autocast_and_share_what_is_common(two_threads, calls):
+    model, batch = model_of("llama").float(), a_batch(shared=1)
+    exact = run(copy.deepcopy(model).double(), batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(fast(model), batch)
+    assert calls.count("shared 1") > 2
+    assert found[0] != exact[0]
+    torch.testing.assert_close(found[0].double(), exact[0].double(), rtol=0.02, atol=0.02)
+
+
+def test_an_error_in_a_thread_comes_out_and_the_next_batch_runs(two_threads, monkeypatch):
+    model, batch = fast(model_of("llama")), a_batch(shared=0)
+    head = LabelHead(model)
+    head.loss(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_layers, "decoder_layer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            head.loss(batch)
+    assert head.loss(batch).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shared", "expected"),
+    [
+        ((900, 300, 500, 400), 0, [[0, 1], [2, 3]]),
+        ((900,), 0, [[0]]),
+        ((60, 60, 60), 0, [[0, 1, 2]]),  # too little for a thread
+        ((900, 900), 500, [[0, 1]]),  # computed twice, what is shared would cost more
+    ],
+)
+def test_rows_are_dealt_by_their_tokens(lengths, shared, expected, two_threads, monkeypatch):
+    monkeypatch.setattr(row_threads, "_LEAST_TOKENS", 128)
+    places = torch.arange(max(lengths))
+    mask = torch.stack([(places < n).long() for n in lengths])
+    batch = {"attention_mask": mask}
+    assert row_threads.row_groups(model_of("llama"), batch, shared=shared) == expected
 
 
 def test_gradient_checkpointing_recomputes_the_function(calls):

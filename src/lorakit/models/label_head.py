@@ -28,11 +28,15 @@ from lorakit.layers.adapted import Wrapper
 from lorakit.layers.chunked_loss import chunked_cross_entropy
 from lorakit.layers.fused import frozen_parameters
 from lorakit.layers.prefix import prompts_before
-from lorakit.models.packing import PackedBatch, pack_batch, takes_packed
+from lorakit.models.head_watch import HeadWatch, Selection
+from lorakit.models.packing import PackedBatch, drops, pack_batch, takes_packed
+from lorakit.models.row_threads import row_groups, sum_of_groups
 
 IGNORED = -100
 
 Batch = Mapping[str, Tensor]
+# The weight and bias of a head that is nothing but a product.
+FrozenHead = tuple[Tensor, Tensor | None]
 
 _CHECKED_ROWS = 2
 _FULL_PRECISION_TOLERANCE = 1e-4
@@ -63,38 +67,6 @@ class LabelLogits:
         return nll.new_zeros(num_rows).index_add(0, self.rows, nll)
 
 
-@dataclass(slots=True)
-class _Selection:
-    """What the hooks were asked to keep, and what they saw.
-
-    With `catch` the head gets no position at all, and the hidden states stay here.
-    """
-
-    mask: Tensor
-    catch: bool = False
-    num_calls: int = 0
-    fits: bool = True
-    hidden: Tensor | None = None
-    output: Tensor | None = None
-
-    def before(self, _head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self.num_calls += 1
-        hidden = args[0] if args else None
-        if not isinstance(hidden, Tensor) or hidden.shape[:2] != self.mask.shape:
-            # The model moved its positions (a prefix, a reshape): leave it alone, use it whole.
-            self.fits = False
-            return args
-        chosen = hidden[self.mask.to(hidden.device)]
-        if self.catch:
-            self.hidden = chosen
-            chosen = chosen[:0].detach()
-        # A leading dimension of 1 keeps the (batch, positions, hidden) layout models rely on.
-        return (chosen.unsqueeze(0), *args[1:])
-
-    def after(self, _head: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        self.output = output if isinstance(output, Tensor) else None
-
-
 class LabelHead:
     """Computes the loss of a language model from the logits at its labels alone.
 
@@ -116,6 +88,7 @@ class LabelHead:
         self._call: Callable[..., Any] = model if call is None else call
         self._seq2seq = bool(model.config.is_encoder_decoder)
         self._head = require_head(model)
+        self._watch = HeadWatch(self._head)
         self._full = False
         self._checked = False
         self._packs = takes_packed(model)
@@ -149,21 +122,43 @@ class LabelHead:
         Raises:
             DataError: the batch has no labels entry.
         """
-        found = self._hidden(batch)
-        if found is None:
-            labels = self.logits(batch)
-            total = F.cross_entropy(
-                labels.logits, labels.targets, reduction="sum", label_smoothing=label_smoothing
+        mask, targets = self._asked(batch)
+        head = frozen_parameters(self._head) if self._plain_head and not self._full else None
+        groups = self._groups(batch, mask) if head is not None else []
+        if len(groups) > 1:
+            parts = [{k: v[rows] for k, v in batch.items()} for rows in groups]
+            total = sum_of_groups(
+                len(parts),
+                lambda i: self._total(parts[i], head, label_smoothing),
+                [p for p in self._model.parameters() if p.requires_grad],
             )
-            targets = labels.targets
         else:
-            hidden, weight, bias, targets = found
-            total = chunked_cross_entropy(
-                hidden, weight, bias, targets, label_smoothing=label_smoothing
-            )
+            total = self._total(batch, head, label_smoothing)
         if num_items is None:
             return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+    def _total(self, batch: Batch, head: FrozenHead | None, label_smoothing: float) -> Tensor:
+        """The cross-entropy summed over the labels; without logits where `head` is plain."""
+        found = None if head is None else self._hidden(batch)
+        if head is not None and found is not None:
+            hidden, targets = found
+            return chunked_cross_entropy(hidden, *head, targets, label_smoothing=label_smoothing)
+        labels = self.logits(batch)
+        return F.cross_entropy(
+            labels.logits, labels.targets, reduction="sum", label_smoothing=label_smoothing
+        )
+
+    def _groups(self, batch: Batch, mask: Tensor) -> list[list[int]]:
+        """The rows that run in a thread of their own; one group where they cannot or need not."""
+        here = torch.is_grad_enabled() and torch.get_num_threads() > 1
+        # What drops would draw in the order in which the threads come.
+        if not here or self._call is not self._model or drops(self._model):
+            return []
+        packed = self._packed(batch, mask)
+        if packed is None:
+            return []
+        return row_groups(self._model, batch, shared=packed.inputs["packing"].shared)
 
     def logits(self, batch: Batch) -> LabelLogits:
         """The float32 logits at the labelled positions of the batch.
@@ -192,17 +187,16 @@ class LabelHead:
             self._check(batch, mask)
         return mask, targets
 
-    def _hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
-        """What a plain, frozen head would read at the labels, its parameters, and the targets."""
-        mask, targets = self._asked(batch)
-        frozen = frozen_parameters(self._head) if self._plain_head else None
-        if frozen is None or self._full or not targets.numel():
+    def _hidden(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """What a plain head would read at the labels, and the targets."""
+        mask, targets = self._positions(batch["labels"])
+        if not targets.numel():
             return None
         selection, _ = self._run(batch, mask, catch=True)
         if selection.num_calls != 1 or selection.hidden is None:
             self._plain_head = False
             return None
-        return selection.hidden, *frozen, targets.to(selection.hidden.device)
+        return selection.hidden, targets.to(selection.hidden.device)
 
     def _positions(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         if not self._seq2seq:
@@ -219,20 +213,16 @@ class LabelHead:
         with prompts_before(self._model, batch["labels"]):
             return self._call(**inputs, use_cache=False).logits
 
-    def _run(self, batch: Batch, mask: Tensor, *, catch: bool = False) -> tuple[_Selection, Tensor]:
+    def _run(self, batch: Batch, mask: Tensor, *, catch: bool = False) -> tuple[Selection, Tensor]:
         """One forward pass with the labelled positions alone at the head."""
-        pack = self._packs and takes_packed(self._model)
-        packed = pack_batch(self._model, batch, mask) if pack else None
-        selection = _Selection(mask if packed is None else packed.mask, catch)
-        handles = [
-            self._head.register_forward_pre_hook(selection.before),
-            self._head.register_forward_hook(selection.after),
-        ]
-        try:
+        packed = self._packed(batch, mask)
+        selection = Selection(mask if packed is None else packed.mask, catch)
+        with self._watch.lead(selection):
             return selection, self._forward(batch, packed)
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _packed(self, batch: Batch, mask: Tensor) -> PackedBatch | None:
+        pack = self._packs and takes_packed(self._model)
+        return pack_batch(self._model, batch, mask) if pack else None
 
     def _selected(self, batch: Batch, mask: Tensor) -> Tensor | None:
         selection, logits = self._run(batch, mask)

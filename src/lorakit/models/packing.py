@@ -76,7 +76,7 @@ def pack_batch(
     asked = mask.long()
     first = torch.where(asked.any(1), asked.argmax(1), counts - 1)
     # A dropout draws for each row on its own.
-    share = not (model.training and _drops(model))
+    share = not (model.training and drops(model))
     packing, ids = pack_rows(batch["input_ids"], lengths, first.tolist(), share=share)
     window = getattr(model.config, "sliding_window", None)
     if window is not None and packing.longest > window:
@@ -92,7 +92,7 @@ def pack_batch(
     return PackedBatch(inputs, torch.cat([mask.new_zeros(packing.shared), *rests])[None])
 
 
-def _drops(model: PreTrainedModel) -> bool:
+def drops(model: PreTrainedModel) -> bool:
     """Whether anything in the model drops at random when it trains."""
     # Attention weights are dropped by a number in the configuration, the rest by modules.
     return getattr(model.config, "attention_dropout", 0.0) > 0 or any(

@@ -15,7 +15,7 @@ from lorakit.methods.base import Method, TrainableReport
 from lorakit.methods.registry import build_method
 from lorakit.models.empty import empty_classifier, empty_from_config
 from lorakit.models.load import Ref, resolve_dtype
-from lorakit.models.quantizable import mark_four_bit
+from lorakit.models.quantizable import holds_four_bit, mark_four_bit
 from lorakit.models.task_head import ClassificationHead
 from lorakit.planner.advice import Change, rank_changes
 from lorakit.planner.devices import Fit, fits
@@ -185,11 +185,12 @@ def plan_run(request: RunRequest) -> RunPlan:
     report = method.plan(model)
     in_place = report.in_base_dtype
     device = request.device or default_device().type
-    setup = _setup(request, device, in_place=in_place)
+    four_bit = holds_four_bit(model)
+    setup = _setup(request, device, in_place=in_place, four_bit=four_bit)
     training = estimate_training(model, method, request.batch, setup)
     on_gpu = training
     if device != "cuda":
-        gpu_setup = _setup(request, "cuda", in_place=in_place)
+        gpu_setup = _setup(request, "cuda", in_place=in_place, four_bit=four_bit)
         on_gpu = estimate_training(model, method, request.batch, gpu_setup)
     generation = None
     if head_of(model) is not None and training.counts is not None:
@@ -207,7 +208,7 @@ def plan_run(request: RunRequest) -> RunPlan:
     )
 
 
-def _setup(request: RunRequest, device: str, *, in_place: bool) -> TrainingSetup:
+def _setup(request: RunRequest, device: str, *, in_place: bool, four_bit: bool) -> TrainingSetup:
     dtype = torch.float32 if in_place or device == "cpu" else torch.bfloat16
     if request.dtype is not None:
         dtype = resolve_dtype(request.dtype, torch.device("cpu")) or dtype
@@ -218,7 +219,7 @@ def _setup(request: RunRequest, device: str, *, in_place: bool) -> TrainingSetup
         bf16 = supports_bf16(device) if here else True
     return TrainingSetup(
         dtype=dtype,
-        four_bit=request.quantize is not None,
+        four_bit=four_bit,
         bf16=bf16,
         checkpointing=request.gradient_checkpointing,
         attention=request.attention,

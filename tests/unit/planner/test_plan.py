@@ -91,6 +91,20 @@ def test_nf4_is_planned_and_refused_where_weights_are_trained(directory, capsys)
     assert (code, error["error"]["type"]) == (2, "SpecError")
 
 
+def test_a_base_that_is_stored_in_4_bits_is_planned_so(directory, tmp_path, capsys):
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    packed = answer(capsys, "plan", directory, "--dtype", "bfloat16", "--quantize", "nf4")[1]
+    stored = answer(capsys, "plan", tmp_path, "--dtype", "bfloat16")[1]
+    assert stored["memory"]["base_bytes"] == packed["memory"]["base_bytes"]
+
+
 def test_a_classifier_is_planned_with_its_head(directory):
     plain = plan_run(RunRequest(model=directory, **SHAPE))
     headed = plan_run(RunRequest(model=directory, classes=3, **SHAPE))
