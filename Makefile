@@ -12,7 +12,7 @@ PRESENT = $(wildcard $(CODE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-train bench-gpu clean
+.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-paper bench-train bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,17 +60,14 @@ bench-e2e: setup  ## SmolLM2 on the E2E data, base against adapter (needs minute
 	$(BIN)/python benchmarks/e2e.py
 
 bench-latency: setup  ## the paper's Table 1 on this machine's CPU, scaled down (needs minutes)
-	$(BIN)/python benchmarks/latency.py --scale 8
+	$(BIN)/lorakit paper run table1 --scale laptop -o runs/paper
 
 bench-nf4: setup  ## what loading in 4 bits takes at its peak, beside loading dense (needs minutes)
 	$(BIN)/python benchmarks/nf4_memory.py
 
-# DATA: the directory of the data sets; see docs/compare.md.
-bench-glue: setup  ## eight methods on four GLUE tasks (needs an hour): make bench-glue DATA=DIR
-	$(BIN)/python benchmarks/compare_methods.py glue --data $(DATA)
-
-bench-compare-e2e: setup  ## ten methods on E2E (needs half an hour): make bench-compare-e2e DATA=DIR
-	$(BIN)/python benchmarks/compare_methods.py e2e --data $(DATA)
+# DATA: the directory of the data sets; see docs/paper.md.
+bench-paper: setup  ## the paper's tables and figures (needs three hours): make bench-paper DATA=DIR
+	$(BIN)/lorakit paper run all --scale laptop --data $(DATA) -o runs/paper
 
 bench-train: setup  ## training speed against PEFT and TRL (needs minutes): make bench-train DATA=DIR
 	$(PIP) install --no-deps 'trl>=1.16'

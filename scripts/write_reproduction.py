@@ -1,97 +1,70 @@
-"""Write docs/reproduction.md from benchmarks/results/*.json and the paper's numbers.
+"""Write docs/reproduction.md from the committed results of `lorakit paper`.
 
 python scripts/write_reproduction.py
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lorakit.report.methods import methods_table
+from lorakit.formatting import format_duration
+from lorakit.paper.experiments import EXPERIMENTS, Experiment
+from lorakit.paper.output import read_results
+from lorakit.paper.page import SPREAD_NOTE, notes
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reproduction.md"
-_RESULTS = ROOT / "benchmarks" / "results"
-_GLUE = {"glue_mrpc": "MRPC", "glue_cola": "CoLA", "glue_stsb": "STS-B", "glue_sst2": "SST-2"}
-_NOT_RUN = "Not run yet: there is no committed result."
-_HEAD = """# Reproduction
+RESULTS = ROOT / "benchmarks" / "results" / "paper"
+_HEAD = f"""# Reproduction
 
 The paper's claim is a comparison, so it is repeated here as one: our numbers beside the paper's.
 Models and budgets are not the paper's. What can be compared is the order of the methods and the
 cost of each, not the height of a score. Written by `scripts/write_reproduction.py` from the
-committed results; do not edit it by hand.
+committed results of [lorakit paper](paper.md); do not edit it by hand.
+
+{SPREAD_NOTE}
 """
+_NOT_RUN = "Not run yet: there is no committed result."
 
 
 def page() -> str:
     """The text of docs/reproduction.md."""
-    paper = json.loads((ROOT / "benchmarks" / "paper.json").read_text(encoding="utf-8"))
-    text = (ROOT / "benchmarks" / "paper_notes.yaml").read_text(encoding="utf-8")
-    notes: dict[str, str] = yaml.safe_load(text)
-    parts = [_HEAD, "## GLUE", _glue_setting(), _paper_table(paper["glue"], "tasks", "Table 2")]
-    for name, task in _GLUE.items():
-        parts += [f"### {task}", *_ours(name, notes)]
-    e2e = (
-        "The paper: GPT-2 medium, 5 epochs of 42,061 rows, beam 10. Ours: SmolLM2, a slice, greedy."
-    )
-    parts += ["## E2E", e2e, _paper_table(paper["e2e"], "metrics", "Table 3")]
-    parts += ["### Ours", *_ours("e2e", notes)]
-    parts += ["## Latency", *_latency(paper["latency"], notes)]
+    results = read_results(RESULTS)
+    parts = [_HEAD]
+    for name, experiment in EXPERIMENTS.items():
+        parts += [f"## {experiment.title}", *_section(experiment, results.get(name))]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def _glue_setting() -> str:
-    return (
-        "The paper: RoBERTa base (125M), up to 80 epochs, median of 5 seeds. Ours: MiniLM (22M), "
-        "a few hundred steps, mean of the seeds with its t-interval, rates chosen on held-out "
-        "training rows."
-    )
-
-
-def _ours(name: str, notes: dict[str, str]) -> list[str]:
-    file = _RESULTS / f"compare_{name}.json"
-    if not file.is_file():
-        return [_NOT_RUN]
-    document = json.loads(file.read_text(encoding="utf-8"))
-    found = methods_table(document)
-    hardware = document["hardware"]
-    where = f"{hardware['cpu']}, {hardware['num_threads']} threads"
-    command = f"`{Path(document['command']).name}` on {where}"
+def _section(experiment: Experiment, result: Mapping[str, Any] | None) -> list[str]:
+    if result is None:
+        return [f"On {experiment.model}: {experiment.about}.", _NOT_RUN]
+    machine = result["hardware"]
+    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"])
+    place = gpus or f"{machine['cpu']}, {machine['num_threads']} threads"
+    seconds = result["seconds"].get("all_cells", result["seconds"]["this_call"])
+    file = f"benchmarks/results/paper/{experiment.name}.json"
+    findings = [[f["claim"], f["paper"], f["ours"], f["verdict"]] for f in result["findings"]]
     return [
-        _table(found["columns"], found["rows"]),
-        found.get("note", ""),
-        f"Command: {command}.",
-        notes.get(name, ""),
+        " ".join(notes(result)),
+        _table(result["table"]["columns"], result["table"]["rows"]),
+        _table(["compared", "paper", "ours", ""], findings),
+        f"Scale {result['scale']}, seeds {', '.join(map(str, result['seeds']))}, "
+        f"{format_duration(seconds)} on {place}, {result['finished_at'][:10]}: "
+        f"[{file}](../{file}).",
     ]
-
-
-def _paper_table(section: dict[str, Any], key: str, name: str) -> str:
-    rows = [[row["method"], row["trainable"], *map(str, row["values"])] for row in section["rows"]]
-    return f"{name} of the paper:\n\n" + _table(["method", "trained", *section[key]], rows)
-
-
-def _latency(paper: dict[str, Any], notes: dict[str, str]) -> list[str]:
-    rows = [
-        [name, *(f"+{value} %" for value in values)]
-        for name, values in paper["overhead_pct"].items()
-    ]
-    parts = [
-        "Table 1 of the paper (GPT-2 medium): time of a forward pass beyond full fine-tuning or "
-        "merged LoRA:\n\n" + _table(["method", *paper["columns"]], rows)
-    ]
-    if not (_RESULTS / "latency.json").is_file():
-        return [*parts, _NOT_RUN]
-    where = "[benchmarks/results/latency.json](../benchmarks/results/latency.json)"
-    return [*parts, f"Ours: {where}.", notes.get("latency", "")]
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_escaped(line)) + " |" for line in lines)
+
+
+def _escaped(cells: list[str]) -> list[str]:
+    # A norm's bars would be read as the table's.
+    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def main() -> None:

@@ -41,12 +41,13 @@ VERBS: dict[str, tuple[str, str]] = {
     "analyze": ("lorakit.cli.analyze", "see what an adapter has learned, or two have in common"),
     "prune": ("lorakit.cli.prune", "cut an adapter's ranks down, and measure what that costs"),
     "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),
+    "paper": ("lorakit.cli.paper", "run the LoRA paper's experiments, its numbers beside ours"),
     "report": ("lorakit.cli.report", "write one HTML file from what a run left"),
 }
 
 INTERRUPTED = 130
 # Set before torch is imported; see `lorakit.pages`.
-_TRAINING = ("compare", "demo", "sweep", "train")
+_TRAINING = ("compare", "demo", "paper", "sweep", "train")
 
 
 class Verb(Protocol):

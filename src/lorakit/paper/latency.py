@@ -1,40 +1,38 @@
 """The paper's Table 1: what an adapter costs in one forward pass.
 
-GPT-2 medium's shape with random weights. For each cell of the paper's grid (batch x sequence x
-learned parameters) one process holds the base, LoRA merged and unmerged (q and v), Adapter-L and
-Adapter-H, each with the size r that comes nearest to the cell's parameters. Every round times one
-forward pass of each, in an order of its own, so that whatever disturbs the machine disturbs all of
-them; a round's ratio is a pass over the same round's base. The base is timed twice: the ratio of
-the second to the first is the noise. A pass runs without gradient and cache and computes the
-logits of the last position only, as a prompt is read.
-
-    python benchmarks/latency.py --scale 8 --output benchmarks/results/latency.json
-
-`--scale` divides the paper's batch sizes and its 100 trials; `--model small` takes a smaller shape.
+A GPT-2 shape with random weights. For each cell of the paper's grid (batch x sequence x learned
+parameters) one process holds the base, LoRA merged and unmerged (q and v), Adapter-L and Adapter-H,
+each with the size r that comes nearest to the cell's parameters. Every round times one forward pass
+of each, in an order of its own, so that whatever disturbs the machine disturbs all of them; a
+round's ratio is a pass over the same round's base. The base is timed twice: the ratio of the second
+to the first is the noise. A pass runs without gradient and cache and computes the logits of the
+last position only, as a prompt is read.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import json
 import random
-import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lorakit.environment import hardware, versions
+from lorakit.errors import ConfigError, RequestError, WorkError
 from lorakit.files import write_json
 from lorakit.methods.base import Method
 from lorakit.methods.registry import build_method
+from lorakit.progress import track
+from lorakit.train import schema
+from lorakit.train.overrides import apply_overrides
+from lorakit.train.run import Say
 
 SHAPES = {
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -48,7 +46,6 @@ CELLS = (
     (16, 256, 11e6, {"full": 338.0, "lin": 5.0, "houlsby": 8.4}),
     (1, 128, 11e6, {"full": 19.8, "lin": 20.7, "houlsby": 30.3}),
 )
-PAPER_TRIALS = 100
 WARMUP_ROUNDS = 2
 BASE, AGAIN = "full", "full again"
 TITLES = {
@@ -61,67 +58,119 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One model to time."""
+@dataclass(frozen=True, kw_only=True)
+class LatencySettings:
+    """How much of Table 1 is measured, and on what."""
 
-    model: GPT2LMHeadModel
-    r: int
-    num_params: int
+    model: Literal["gpt2-medium", "small", "tiny"] = field(
+        default="gpt2-medium", metadata={"help": "the shape; a smaller one gets its share of r"}
+    )
+    divisor: float = field(default=1.0, metadata={"help": "of the paper's batches; >= 1"})
+    rounds: int = field(default=100, metadata={"help": "timed passes of each model; >= 2"})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "where it runs"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "of the weights"}
+    )
+    seed: int = field(default=0, metadata={"help": "of weights, tokens and the order of passes"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("divisor", 1), ("rounds", 2)):
+            if vars(self)[name] < least:
+                raise ConfigError(
+                    f"{name} is out of range",
+                    where=name,
+                    expected=f">= {least}",
+                    found=str(vars(self)[name]),
+                )
+
+    @classmethod
+    def from_overrides(cls, overrides: Iterable[str]) -> LatencySettings:
+        """The settings of "key=value"; later ones count.
+
+        Raises:
+            ConfigError: an unknown key, or a value that does not fit.
+        """
+        return schema.read(cls, apply_overrides(cls, {}, list(overrides)))
 
 
-def main() -> None:
-    """Time every cell, print the table, write the result."""
-    args = _arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    trials = args.trials or max(2, round(PAPER_TRIALS / args.scale))
-    _say_what(args, trials)
-    base = _base(args, device)
-    cells = [_cell(base, cell, args=args, trials=trials) for cell in CELLS]
-    result = {
-        "benchmark": "latency",
-        "command": shlex.join(["python", *sys.argv]),
-        "model": {"name": args.model, "num_params": _count(base), **SHAPES[args.model]},
-        "dtype": args.dtype,
-        "device": args.device,
-        "scale": args.scale,
-        "trials": trials,
-        "seed": args.seed,
-        "hardware": hardware(),
-        "versions": versions(),
-        "cells": cells,
-    }
-    write_json(args.output, result)
-    print(f"written to {args.output}")
+def num_flops(settings: LatencySettings) -> float:
+    """About how many floating-point operations all passes are."""
+    params = _count(_empty(settings.model))
+    tokens = sum(_batch(cell[0], settings) * cell[1] for cell in CELLS)
+    passes = (settings.rounds + WARMUP_ROUNDS) * len(TITLES)
+    return 2.0 * params * tokens * passes
+
+
+def measure(settings: LatencySettings, directory: Path, say: Say) -> dict[str, Any]:
+    """Time every cell; a cell that was measured with the same settings is read, not measured.
+
+    Args:
+        settings: how much, and on what.
+        directory: where each cell is kept.
+        say: takes a line for each cell.
+
+    Raises:
+        RequestError: CUDA is asked for and there is none.
+        WorkError: merged and unmerged LoRA disagree.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError(
+            "there is no CUDA device", where="device", remedy="use --scale laptop, or device=cpu"
+        )
+    asked = {**asdict(settings), "threads": torch.get_num_threads()}
+    base: GPT2LMHeadModel | None = None
+    cells: list[dict[str, Any]] = []
+    for number, cell in enumerate(CELLS):
+        file = directory / f"cell-{number}.json"
+        found = _finished(file, asked)
+        if found is None:
+            base = base or _base(settings)
+            found = {"settings": asked, **_cell(base, cell, settings)}
+            write_json(file, found)
+        cells.append(found)
+        say(f"batch {found['batch']}, {found['length']} tokens: {_ratios(found)}")
+    shape = {"name": settings.model, "num_params": _count(_empty(settings.model))}
+    return {"settings": asked, "model": {**shape, **SHAPES[settings.model]}, "cells": cells}
+
+
+def _finished(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("settings") == asked else None
+
+
+def _ratios(cell: dict[str, Any]) -> str:
+    names = ("lora unmerged", "lin", "houlsby")
+    return ", ".join(f"{TITLES[name]} {cell['variants'][name]['ratio']:.3f}x" for name in names)
+
+
+def _batch(of_paper: int, settings: LatencySettings) -> int:
+    return max(1, round(of_paper / settings.divisor))
 
 
 def _cell(
-    base: GPT2LMHeadModel,
-    cell: tuple[int, int, float, dict[str, float]],
-    *,
-    args: argparse.Namespace,
-    trials: int,
+    base: GPT2LMHeadModel, cell: tuple[int, int, float, dict[str, float]], settings: LatencySettings
 ) -> dict[str, Any]:
     paper_batch, length, budget, paper = cell
-    batch = max(1, round(paper_batch / args.scale))
+    batch = _batch(paper_batch, settings)
     share = _count(base) / _count(_empty("gpt2-medium"))
     # A smaller shape gets the same share of its own parameters.
     variants = _variants(base, budget * share)
-    torch.manual_seed(args.seed)
-    vocabulary = base.config.vocab_size
-    ids = torch.randint(vocabulary, (batch, length), device=args.device)
+    torch.manual_seed(settings.seed)
+    ids = torch.randint(base.config.vocab_size, (batch, length), device=base.device)
     difference = _require_agreement(variants, ids[:1])
-    seconds = _time(variants, ids, trials=trials, seed=args.seed)
-    summary = {name: _summary(name, seconds, args.seed) for name in seconds}
-    _print_cell((batch, length, budget * share), variants, summary)
+    label = f"batch {batch}, {length} tokens"
+    seconds = _time(variants, ids, rounds=settings.rounds, seed=settings.seed, label=label)
+    summary = {name: _summary(name, seconds, settings.seed) for name in seconds}
     return {
         "batch": batch,
         "length": length,
         "budget": round(budget * share),
         "paper": {
             "batch": paper_batch,
+            "budget": round(budget),
             "full_ms": paper["full"],
             "lin_percent": paper["lin"],
             "houlsby_percent": paper["houlsby"],
@@ -132,6 +181,15 @@ def _cell(
             for name in summary
         },
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One model to time."""
+
+    model: GPT2LMHeadModel
+    r: int
+    num_params: int
 
 
 def _variants(base: GPT2LMHeadModel, budget: float) -> dict[str, Variant]:
@@ -196,14 +254,16 @@ def _require_agreement(variants: dict[str, Variant], ids: Tensor) -> float:
     difference = (merged - live).abs().max().item()
     change = (live - base).abs().max().item()
     if not difference < 0.1 * change:
-        raise SystemExit(
-            f"merged and unmerged LoRA differ by {difference:.3g}, where LoRA changes {change:.3g}"
+        raise WorkError(
+            "merged and unmerged LoRA are not one function",
+            expected=f"logits that differ by far less than LoRA changes them, {change:.3g}",
+            found=f"{difference:.3g}",
         )
     return difference
 
 
 def _time(
-    variants: dict[str, Variant], ids: Tensor, *, trials: int, seed: int
+    variants: dict[str, Variant], ids: Tensor, *, rounds: int, seed: int, label: str
 ) -> dict[str, list[float]]:
     """Seconds of one pass, by variant and round; all variants in every round, shuffled."""
     synchronise: Callable[[], None] = (
@@ -211,7 +271,7 @@ def _time(
     )
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = random.Random(seed)
-    for trial in range(WARMUP_ROUNDS + trials):
+    for trial in track(range(WARMUP_ROUNDS + rounds), label):
         for name in order.sample(list(variants), len(variants)):
             synchronise()
             started = time.perf_counter()
@@ -236,32 +296,10 @@ def _summary(name: str, seconds: dict[str, list[float]], seed: int) -> dict[str,
     }
 
 
-def _say_what(args: argparse.Namespace, trials: int) -> None:
-    machine, found = hardware(), versions()
-    place = machine["gpus"][0]["name"] if args.device == "cuda" else machine["cpu"]
-    print(f"{args.model} {SHAPES[args.model]}, random weights, {args.dtype}, on {place}")
-    print(f"{torch.get_num_threads()} threads, {trials} rounds after {WARMUP_ROUNDS} to warm up")
-    print(", ".join(f"{name} {found[name]}" for name in ("lorakit", "torch", "transformers")))
-
-
-def _print_cell(
-    cell: tuple[int, int, float], variants: dict[str, Variant], summary: dict[str, dict[str, Any]]
-) -> None:
-    batch, length, budget = cell
-    print(f"\nbatch {batch}, {length} tokens, about {budget / 1e6:.3g}M learned parameters")
-    print(f"{'':<24}{'r':>5}{'learned':>12}{'ms':>10}{'ratio':>8}   95 % interval")
-    for name, row in summary.items():
-        low, high = row["ratio_95"]
-        print(
-            f"{TITLES[name]:<24}{variants[name].r or '':>5}{variants[name].num_params:>12,}"
-            f"{row['median_ms']:>10.2f}{row['ratio']:>8.3f}   {low:.3f} to {high:.3f}"
-        )
-
-
-def _base(args: argparse.Namespace, device: torch.device) -> GPT2LMHeadModel:
-    torch.manual_seed(args.seed)
-    model = GPT2LMHeadModel(GPT2Config(**SHAPES[args.model]))
-    return model.to(device=device, dtype=getattr(torch, args.dtype)).eval()
+def _base(settings: LatencySettings) -> GPT2LMHeadModel:
+    torch.manual_seed(settings.seed)
+    model = GPT2LMHeadModel(GPT2Config(**SHAPES[settings.model]))
+    return model.to(device=settings.device, dtype=getattr(torch, settings.dtype)).eval()
 
 
 def _empty(shape: str) -> GPT2LMHeadModel:
@@ -271,27 +309,3 @@ def _empty(shape: str) -> GPT2LMHeadModel:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="the paper's Table 1, re-measured")
-    parser.add_argument("--model", choices=list(SHAPES), default="gpt2-medium")
-    parser.add_argument("--scale", type=float, default=1.0, help="divides batches and rounds")
-    parser.add_argument("--trials", type=int, help="rounds; default: 100 over the scale")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/latency.json"), help="JSON file"
-    )
-    args = parser.parse_args()
-    if args.scale < 1 or (args.trials is not None and args.trials < 2):
-        parser.error("--scale is at least 1, and --trials at least 2")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine or this torch has no CUDA device")
-    return args
-
-
-if __name__ == "__main__":
-    main()
