@@ -69,6 +69,12 @@ bench-nf4: setup  ## what loading in 4 bits takes at its peak, beside loading de
 bench-paper: setup  ## the paper's tables and figures (needs three hours): make bench-paper DATA=DIR
 	$(BIN)/lorakit paper run all --scale laptop --data $(DATA) -o runs/paper
 
+bench-glue: setup  ## nine methods on four GLUE tasks (needs an hour): make bench-glue DATA=DIR
+	$(BIN)/python benchmarks/compare_methods.py glue --data $(DATA)
+
+bench-compare-e2e: setup  ## ten methods on E2E (needs half an hour): make bench-compare-e2e DATA=DIR
+	$(BIN)/python benchmarks/compare_methods.py e2e --data $(DATA)
+
 bench-train: setup  ## training speed against PEFT and TRL (needs minutes): make bench-train DATA=DIR
 	$(PIP) install --no-deps 'trl>=1.16'
 	$(BIN)/python benchmarks/train_speed.py --data $(DATA)

@@ -57,6 +57,7 @@ RANKS = (
     "seeds=[0]",
     "lr_search.values=[1e-2]",
     "base.train.precision=fp32",
+    "base.data.max_length=32",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lorakit.compare.arms import Arm
 from lorakit.compare.config import DEFAULT_SHARE, CompareConfig
@@ -45,6 +46,7 @@ SPEEDS = {
 _FORWARD = 3.0
 
 
+@lru_cache
 def estimate_seconds(experiment: Experiment, scale: str) -> float:
     """How long the experiment may take at a scale, alone on its machine; pure.
 

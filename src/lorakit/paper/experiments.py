@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lorakit.compare.config import CompareConfig
 from lorakit.errors import RequestError, nearest
+from lorakit.train.yaml import read_mapping
 
 SCALES = ("laptop", "gpu")
 CONFIGS = Path(__file__).parent / "configs"
@@ -78,7 +78,7 @@ class Experiment:
     kind: Kind
     model: str
     about: str
-    scales: Mapping[str, Scale]
+    scales: Mapping[str, Scale] = field(hash=False)
     parts: tuple[Part, ...] = field(default=())
 
     @property
@@ -86,9 +86,10 @@ class Experiment:
         """The data files below the user's directory."""
         found: dict[str, None] = {}
         for part in self.parts:
-            config = CompareConfig.from_yaml(part.file)
-            section: Mapping[str, Any] = config.base["data"]
-            for source in (section["train"], section.get("validation"), config.eval.data):
+            values = read_mapping(part.file)
+            section: Mapping[str, Any] = values["base"]["data"]
+            score: Mapping[str, Any] = values.get("eval", {})
+            for source in (section["train"], section.get("validation"), score.get("data")):
                 if source is not None:
                     found[str(Path(part.folder) / source)] = None
         return tuple(found)

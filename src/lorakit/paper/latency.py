@@ -298,13 +298,19 @@ def _summary(name: str, seconds: dict[str, list[float]], seed: int) -> dict[str,
 
 def _base(settings: LatencySettings) -> GPT2LMHeadModel:
     torch.manual_seed(settings.seed)
-    model = GPT2LMHeadModel(GPT2Config(**SHAPES[settings.model]))
+    model = GPT2LMHeadModel(_config(settings.model))
     return model.to(device=settings.device, dtype=getattr(torch, settings.dtype)).eval()
 
 
 def _empty(shape: str) -> GPT2LMHeadModel:
     with torch.device("meta"):
-        return GPT2LMHeadModel(GPT2Config(**SHAPES[shape]))
+        return GPT2LMHeadModel(_config(shape))
+
+
+def _config(shape: str) -> GPT2Config:
+    config = GPT2Config.from_dict(dict(SHAPES[shape]))
+    assert isinstance(config, GPT2Config)
+    return config
 
 
 def _count(model: nn.Module) -> int:

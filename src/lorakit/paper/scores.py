@@ -72,7 +72,7 @@ def score_table(name: str, documents: Documents) -> dict[str, Any]:
         documents: name of a comparison -> its compare.json.
     """
     numbers = paper_numbers()[name]
-    columns = [column for column in numbers["columns"] if column["part"] in documents]
+    columns = _measured(numbers["columns"], documents)
     arms = {m["name"]: m for document in documents.values() for m in document["methods"]}
     rows: list[dict[str, Any]] = []
     for arm, method in arms.items():
@@ -105,11 +105,8 @@ def score_findings(name: str, documents: Documents) -> list[Finding]:
     numbers = paper_numbers()[name]
     found: list[Finding] = []
     for first, second in numbers["claims"]:
-        for column in numbers["columns"]:
-            document = documents.get(column["part"])
-            if document is None:
-                continue
-            names = {method["name"] for method in document["methods"]}
+        for column in _measured(numbers["columns"], documents):
+            names = {method["name"] for method in documents[column["part"]]["methods"]}
             if not {first, second} <= names:
                 continue
             ours = _ours(documents, first, column), _ours(documents, second, column)
@@ -143,6 +140,17 @@ def text_table(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(cell: Mapping[str, Any] | None) -> str:
     return _NONE if cell is None else Value(**cell).text()
+
+
+def _measured(columns: list[dict[str, Any]], documents: Documents) -> list[dict[str, Any]]:
+    """The columns that the comparisons were asked to measure."""
+    return [
+        column
+        for column in columns
+        if column["part"] in documents
+        and column["metric"]
+        in ("eval_loss", *documents[column["part"]]["config"]["eval"]["metrics"])
+    ]
 
 
 def _claim(first: str, second: str, column: Mapping[str, Any]) -> str:
