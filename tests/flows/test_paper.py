@@ -94,6 +94,7 @@ def test_a_table_of_scores(place, capsys) -> None:
     assert listed["table2"] is None
 
 
+@pytest.mark.slow
 def test_where_adapters_point(place, capsys) -> None:
     words = (
         f"base.model.ref={place / 'decoder'}",
@@ -123,6 +124,8 @@ def test_where_adapters_point(place, capsys) -> None:
     assert "<svg" in page
 
 
+# The tiny shape is narrower than the ranks that have 11M parameters' share.
+@pytest.mark.filterwarnings("ignore:the rank exceeds")
 def test_latency_is_measured_once(place, capsys) -> None:
     words = ("table1", "model=tiny", "divisor=32", "rounds=3")
     assert run(place, "time", *words) == 0
