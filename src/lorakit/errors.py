@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 
 class LorakitError(Exception):
@@ -154,6 +155,38 @@ class LorakitWarning(UserWarning):
     """Something the user should know that does not stop the work."""
 
 
+E = TypeVar("E", bound=LorakitError)
+
+
 def nearest(name: str, known: Iterable[str], *, n: int = 4) -> list[str]:
     """The known names closest to `name`, best first; empty when none is close."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+
+
+def unknown_name(
+    error: type[E],
+    what: str,
+    name: str,
+    known: Iterable[str],
+    *,
+    where: str | None = None,
+    otherwise: str | None = None,
+) -> E:
+    """The error for a name that is none of the known ones; its remedy names the nearest.
+
+    Args:
+        error: its class.
+        what: what is wrong, with the name in it.
+        name: what was asked for.
+        known: what there is, in the order in which it is listed.
+        where: the place.
+        otherwise: the remedy when none is close.
+    """
+    names = list(known)
+    close = nearest(name, names, n=1)
+    return error(
+        what,
+        where=where,
+        expected=", ".join(names),
+        remedy=f"did you mean {close[0]!r}?" if close else otherwise,
+    )

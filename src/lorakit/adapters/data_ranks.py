@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.attachments import find_attachments
 from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.data_init import Loss, own_loss
-from lorakit.adapters.plan import Site, plan_adapter
+from lorakit.adapters.plan import Site, plan_adapter, require_linear
 from lorakit.adapters.ranks import allocate, most_of, with_ranks
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
@@ -77,7 +77,8 @@ def choose_ranks(
     if spec.ranks == "uniform":
         ranks = {site.name: equal for site in sites}
         return ChosenRanks(spec=with_ranks(spec, ranks, equal), ranks=ranks, num_batches=0)
-    _refuse_other_layers(sites, spec)
+    for site in sites:
+        require_linear(site, f"ranks by {spec.ranks} are", where="ranks", instead="uniform")
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_SEED)
@@ -87,17 +88,6 @@ def choose_ranks(
             gains, num_batches = _gradient_gains(model, sites, batches, loss)
     ranks = allocate(sites, gains, num_params)
     return ChosenRanks(spec=with_ranks(spec, ranks, equal), ranks=ranks, num_batches=num_batches)
-
-
-def _refuse_other_layers(sites: Sequence[Site], spec: LoraSpec) -> None:
-    for site in sites:
-        if site.kind not in ("linear", "conv1d"):
-            raise SpecError(
-                f"ranks: {spec.ranks} looks at linear layers only",
-                where="ranks",
-                found=f"{site.name} is of the kind {site.kind}",
-                remedy="leave the layer out of the targets, or use ranks: uniform",
-            )
 
 
 def _input_gains(

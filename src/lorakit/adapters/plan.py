@@ -194,18 +194,33 @@ def _refuse_unstorable(found: list[Candidate]) -> None:
             )
 
 
+def require_linear(site: Site, what: str, *, where: str, instead: str) -> None:
+    """Refuse a site without one matrix to take directions from.
+
+    Args:
+        site: the site.
+        what: what is defined for linear layers only, and the verb.
+        where: the field that asks for it.
+        instead: a value of the field that takes every layer.
+
+    Raises:
+        SpecError: it is an embedding or a convolution.
+    """
+    if site.kind not in ("linear", "conv1d"):
+        raise SpecError(
+            f"{what} defined for linear layers only",
+            where=where,
+            found=f"{site.name} is of the kind {site.kind}",
+            remedy=f"leave the layer out of the targets, or use {where}: {instead}",
+        )
+
+
 def _refuse_init(spec: LoraSpec, sites: Iterable[Site]) -> None:
     """Starts taken from a matrix's directions need a matrix with enough of them."""
     if spec.init not in NONZERO_INITS | DATA_INITS:
         return
     for site in sites:
-        if site.kind not in ("linear", "conv1d"):
-            raise SpecError(
-                f"the start {spec.init!r} is defined for linear layers only",
-                where="init",
-                found=f"{site.name} is of the kind {site.kind}",
-                remedy="leave the layer out of the targets, or use init: gaussian",
-            )
+        require_linear(site, f"the start {spec.init!r} is", where="init", instead="gaussian")
         # EVA takes directions of the input alone, LoRA-GA r for A and r others for B.
         limit = site.shape[1] if spec.init == "eva" else min(site.shape)
         limit = limit // 2 if spec.init == "lora_ga" else limit

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,17 +73,17 @@ def save_whole_again(model: nn.Module) -> None:
         vars(model).pop(name, None)
 
 
+@dataclass(frozen=True, slots=True)
 class SaveLearned:
     """`save_pretrained` of one model.
 
-    Args:
+    Attributes:
         model: the model.
         learned: what it carries.
     """
 
-    def __init__(self, model: nn.Module, learned: Learned) -> None:
-        self._model = model
-        self._learned = learned
+    model: nn.Module
+    learned: Learned
 
     def __call__(
         self,
@@ -117,13 +118,13 @@ class SaveLearned:
             )
         if not is_main_process:
             return
-        record = find_attachments(self._model)
+        record = find_attachments(self.model)
         if record is not None and record.routing.merged:
             self._save_merged(record.routing.merged, list(record.plans), save_directory, options)
             return
         directory = Path(save_directory)
         with files_into(directory) as staging:
-            self._learned.save(self._model, staging / "learned", {})
+            self.learned.save(self.model, staging / "learned", {})
             if _TRAINER_CHECKPOINT.fullmatch(directory.name):
                 self._save_for_trainer(staging / "learned" / _TRAINER_FILE)
 
@@ -138,28 +139,28 @@ class SaveLearned:
                 LorakitWarning,
                 stacklevel=3,
             )
-        with unwrapped(self._model):
-            type(self._model).save_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
-                self._model, directory, **options
+        with unwrapped(self.model):
+            type(self.model).save_pretrained(  # pyright: ignore[reportAttributeAccessIssue]
+                self.model, directory, **options
             )
 
     def _save_for_trainer(self, path: Path) -> None:
-        state = self._learned.state(self._model)
+        state = self.learned.state(self.model)
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file({LEARNED_ONLY: torch.empty(0), **tensors}, str(path), metadata={"format": "pt"})
 
 
+@dataclass(frozen=True, slots=True)
 class LoadLearned:
     """`load_state_dict` of one model, which also takes what `SaveLearned` wrote for Trainer.
 
-    Args:
+    Attributes:
         model: the model.
         learned: what it carries.
     """
 
-    def __init__(self, model: nn.Module, learned: Learned) -> None:
-        self._model = model
-        self._learned = learned
+    model: nn.Module
+    learned: Learned
 
     def __call__(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
@@ -170,10 +171,10 @@ class LoadLearned:
             AdapterFileError: the learned tensors are not this model's.
         """
         if LEARNED_ONLY not in state_dict:
-            own = type(self._model).load_state_dict
-            return own(self._model, state_dict, strict=strict, assign=assign)
+            own = type(self.model).load_state_dict
+            return own(self.model, state_dict, strict=strict, assign=assign)
         learned = {name: value for name, value in state_dict.items() if name != LEARNED_ONLY}
-        self._learned.load(self._model, learned)
+        self.learned.load(self.model, learned)
         return _IncompatibleKeys([], [])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from lorakit.errors import SpecError, nearest
+from lorakit.errors import SpecError, unknown_name
 from lorakit.math.scaling import Scaling, lora_scaling
 
 Update = Literal["lora", "dora"]
@@ -240,13 +240,7 @@ class LoraSpec:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                close = nearest(key, known, n=1)
-                raise SpecError(
-                    f"unknown key {key!r}",
-                    where="LoraSpec",
-                    expected=", ".join(known),
-                    remedy=f"did you mean {close[0]!r}?" if close else None,
-                )
+                raise unknown_name(SpecError, f"unknown key {key!r}", key, known, where="LoraSpec")
         return cls(**dict(values))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from lorakit.analysis.pairs import OFS, Of
-from lorakit.errors import RequestError, nearest
+from lorakit.errors import RequestError, unknown_name
 
 # What can be measured, and what it needs: base (the weights), pair (two adapters), run (the
 # checkpoints of a run).
@@ -54,12 +54,12 @@ class AnalyzeOptions:
     def __post_init__(self) -> None:
         for name in self.measures or ():
             if name not in MEASURES:
-                close = nearest(name, MEASURES, n=1)
-                raise RequestError(
+                raise unknown_name(
+                    RequestError,
                     f"{name!r} is not something that can be measured",
+                    name,
+                    MEASURES,
                     where="measures",
-                    expected=", ".join(MEASURES),
-                    remedy=f"did you mean {close[0]!r}?" if close else None,
                 )
         if self.measures is not None and not self.measures:
             raise RequestError("nothing is to be measured", where="measures")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.compare.arms import Arm, read_arms
-from lorakit.errors import ConfigError, RequestError, nearest
+from lorakit.errors import ConfigError, RequestError, unknown_name
 from lorakit.evaluate.options import METRICS
 from lorakit.math.task_metrics import TASK_METRICS
 from lorakit.train import schema
@@ -214,12 +214,8 @@ class CompareConfig:
         known = (LOSS, *of_task)
         for metric in self.eval.metrics:
             if metric not in known:
-                close = nearest(metric, known, n=1)
-                raise ConfigError(
-                    f"unknown metric {metric!r}",
-                    where="eval.metrics",
-                    expected=", ".join(known),
-                    remedy=f"did you mean {close[0]!r}?" if close else None,
+                raise unknown_name(
+                    ConfigError, f"unknown metric {metric!r}", metric, known, where="eval.metrics"
                 )
 
     @property

@@ -25,7 +25,7 @@ from lorakit.compare.files import DataFiles, find_data
 from lorakit.compare.summary import document
 from lorakit.compare.worker import Order, work
 from lorakit.compare.write import write_results
-from lorakit.errors import LorakitError, OutputError, RequestError, WorkError, nearest
+from lorakit.errors import LorakitError, OutputError, RequestError, WorkError, unknown_name
 from lorakit.files import write_text
 from lorakit.formatting import format_duration, format_number
 from lorakit.train.interrupt import TrainingPaused
@@ -208,12 +208,12 @@ def _chosen(config: CompareConfig, choice: Choice) -> frozenset[str]:
     names = {arm.name: arm.slug for arm in config.arms}
     for wanted in choice.only:
         if wanted not in names and wanted not in names.values():
-            close = nearest(wanted, names)
-            raise RequestError(
+            raise unknown_name(
+                RequestError,
                 f"there is no method named {wanted!r} in this comparison",
+                wanted,
+                names,
                 where="--only",
-                expected=", ".join(names),
-                remedy=f"did you mean {close[0]!r}?" if close else None,
             )
     if choice.max_cells is not None and choice.max_cells < 0:
         raise RequestError(

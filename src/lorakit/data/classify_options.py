@@ -8,7 +8,7 @@ from typing import Literal
 
 from lorakit.data.rows import Rows
 from lorakit.data.targets import LabelKind, Targets, find_targets
-from lorakit.errors import ConfigError, DataError, nearest
+from lorakit.errors import ConfigError, DataError, nearest, unknown_name
 
 CLASSIFY_ROLES = ("text", "text_pair", "label")
 
@@ -43,12 +43,13 @@ class ClassifyOptions:
     def __post_init__(self) -> None:
         for role in self.columns:
             if role not in CLASSIFY_ROLES:
-                close = nearest(role, CLASSIFY_ROLES, n=1)
-                raise ConfigError(
+                raise unknown_name(
+                    ConfigError,
                     f"unknown role {role!r} for task classify",
+                    role,
+                    CLASSIFY_ROLES,
                     where="columns",
-                    expected=", ".join(CLASSIFY_ROLES),
-                    remedy=f"did you mean {close[0]!r}?" if close else "role: your column",
+                    otherwise="role: your column",
                 )
         if self.classes and (len(set(self.classes)) < len(self.classes) or len(self.classes) < 2):
             raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError, unknown_name
 
 SFT_ROLES = (
     "messages",
@@ -90,12 +90,13 @@ class SftOptions:
             )
         for role in self.columns:
             if role not in ROLES:
-                close = nearest(role, ROLES, n=1)
-                raise ConfigError(
+                raise unknown_name(
+                    ConfigError,
                     f"unknown role {role!r}",
+                    role,
+                    ROLES,
                     where="columns",
-                    expected=", ".join(ROLES),
-                    remedy=f"did you mean {close[0]!r}?" if close else "role: your column",
+                    otherwise="role: your column",
                 )
 
     def column(self, role: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorakit.errors import AdapterFileError, RequestError, nearest
+from lorakit.errors import AdapterFileError, RequestError, unknown_name
 from lorakit.formats.foreign import ForeignFormat
 from lorakit.formats.gguf_lora import GgufFormat
 from lorakit.formats.kohya import KohyaFormat
@@ -50,10 +50,5 @@ def require_format(name: str) -> str:
         RequestError: there is none.
     """
     if name not in FORMATS:
-        close = nearest(name, FORMATS, n=1)
-        raise RequestError(
-            f"there is no format named {name!r}",
-            expected=", ".join(FORMATS),
-            remedy=f"did you mean {close[0]!r}?" if close else None,
-        )
+        raise unknown_name(RequestError, f"there is no format named {name!r}", name, FORMATS)
     return name

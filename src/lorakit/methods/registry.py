@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorakit.adapters.spec import LoraSpec
-from lorakit.errors import ConfigError, nearest
+from lorakit.errors import ConfigError, unknown_name
 from lorakit.methods.base import Method
 from lorakit.methods.bitfit import BitFitMethod, BitFitSpec
 from lorakit.methods.bottleneck import BottleneckMethod, Design
@@ -66,10 +66,6 @@ def require_method(name: str) -> None:
         ConfigError: no such method; the nearest is named.
     """
     if name not in _BUILDERS:
-        close = nearest(name, METHODS, n=1)
-        raise ConfigError(
-            f"there is no method {name!r}",
-            where="method",
-            expected=", ".join(METHODS),
-            remedy=f"did you mean {close[0]!r}?" if close else None,
+        raise unknown_name(
+            ConfigError, f"there is no method {name!r}", name, METHODS, where="method"
         )

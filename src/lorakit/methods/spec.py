@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from lorakit.errors import SpecError, nearest
+from lorakit.errors import SpecError, unknown_name
 
 
 class Spec(Protocol):
@@ -29,13 +29,7 @@ def spec_from_dict(cls: type[S], values: Mapping[str, Any]) -> S:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            close = nearest(key, known, n=1)
-            raise SpecError(
-                f"unknown key {key!r}",
-                where=cls.__name__,
-                expected=", ".join(known),
-                remedy=f"did you mean {close[0]!r}?" if close else None,
-            )
+            raise unknown_name(SpecError, f"unknown key {key!r}", key, known, where=cls.__name__)
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return cls(**tuples)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, Union
 
-from lorakit.errors import ConfigError, RequestError, nearest
+from lorakit.errors import ConfigError, RequestError, unknown_name
 
 T = TypeVar("T")
 
@@ -157,12 +157,8 @@ def _check_keys(
 ) -> None:
     for key in values:
         if key not in fields:
-            close = nearest(str(key), fields, n=1)
-            raise ConfigError(
-                f"unknown key {key!r}",
-                where=where or "the config",
-                expected=", ".join(fields),
-                remedy=f"did you mean {close[0]!r}?" if close else None,
+            raise unknown_name(
+                ConfigError, f"unknown key {key!r}", str(key), fields, where=where or "the config"
             )
     for name, field in fields.items():
         has_default = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.errors import SpecError, nearest
+from lorakit.errors import SpecError, unknown_name
 
 DEFAULT_DENSITY = 0.5
 
@@ -71,12 +71,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.how not in WAYS:
-            close = nearest(self.how, WAYS, n=1)
-            raise SpecError(
+            raise unknown_name(
+                SpecError,
                 f"there is no way to compose named {self.how!r}",
+                self.how,
+                WAYS,
                 where="how",
-                expected=", ".join(WAYS),
-                remedy=f"did you mean {close[0]!r}?" if close else None,
             )
         self._check_rank()
         self._check_density()
