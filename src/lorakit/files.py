@@ -8,9 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lorakit.errors import OutputError
 
@@ -38,6 +40,39 @@ def require_free(path: str | Path) -> Path:
             remedy="choose another output",
         )
     return path
+
+
+@contextmanager
+def only_writer(directory: str | Path) -> Iterator[None]:
+    """Inside the block no other process that asks for the same may write into a directory.
+
+    The lock is the system's: it ends with the process, however that ends.
+
+    Args:
+        directory: made where it does not exist.
+
+    Raises:
+        OutputError: another process writes there.
+    """
+    directory = Path(directory)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                "another process writes into this directory",
+                where=str(directory),
+                remedy="wait for it to end, or choose another output",
+            ) from error
+    try:
+        yield
+    finally:
+        # While it is held: whoever comes now finds no file, and makes one of its own.
+        with suppress(OSError):
+            (directory / ".lock").unlink()
+        lock.release()
 
 
 @contextmanager
@@ -179,6 +214,28 @@ def write_text(path: str | Path, text: str) -> None:
             Path(name).replace(path)
         finally:
             Path(name).unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that may be hostile.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, nested too deeply, or a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file in UTF-8.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: see `parse_json`.
+    """
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: str | Path, value: Any) -> None:

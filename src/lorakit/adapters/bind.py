@@ -123,6 +123,15 @@ def _and_norms(adapter: Adapter) -> str:
     return ", every magnitude its norm" if adapter.spec.update == "dora" else ""
 
 
+def plan_of_binding(model: nn.Module, adapter: Adapter) -> AdapterPlan:
+    """What `bind_adapter` will attach; changes nothing and works on the meta device.
+
+    Raises:
+        AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
+    """
+    return _plan_for(model, adapter)
+
+
 def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
     """Check that an adapter binds, and give its factors the kinds this model's layers have.
 

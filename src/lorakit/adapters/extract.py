@@ -16,6 +16,7 @@ from lorakit.adapters.attachments import (
 )
 from lorakit.adapters.identity import base_facts
 from lorakit.adapters.plan import Site, whole_modules
+from lorakit.adapters.ranks import spec_of_factors
 from lorakit.adapters.spec import NONZERO_INITS
 from lorakit.adapters.targets import base_modules
 from lorakit.layers.adapted import AdaptedLayer
@@ -67,6 +68,10 @@ def adapter_from_model(
         # Saved for the untouched base: s (B A - B0 A0), of twice the rank.
         known["trained_as"] = spec.to_dict()
         spec = spec.doubled()
+    elif any(factors[site.name].r > site.r for site in plan.sites):
+        # On top of a frozen update, which is saved as further ranks.
+        known["trained_as"] = spec.to_dict()
+        spec = spec_of_factors(spec, factors)
     known["base"] = base_facts(model, whole_modules(plan))
     return Adapter(
         spec=spec,

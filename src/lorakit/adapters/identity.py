@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attachments import find_attachments
 from lorakit.adapters.fingerprint import Fingerprint, fingerprint
 from lorakit.adapters.targets import base_modules
@@ -37,6 +40,26 @@ def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]
         "model_type": str(getattr(config, "model_type", "")),
         "storage": storage_of(base_modules(model).values()),
     }
+
+
+def adapter_sha256(adapter: Adapter) -> str:
+    """SHA-256 of what an adapter computes: its sites, scalings and numbers."""
+    digest = hashlib.sha256()
+
+    def add(name: str, *tensors: Tensor | None) -> None:
+        digest.update(name.encode())
+        for tensor in tensors:
+            if tensor is not None:
+                digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(
+                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                )
+
+    for name, factors in sorted(adapter.factors.items()):
+        add(f"{name} {factors.scaling!r}", factors.A, factors.B, factors.magnitude)
+    for name, value in sorted([*adapter.biases.items(), *adapter.overrides.items()]):
+        add(name, value)
+    return digest.hexdigest()
 
 
 def require_same_base(

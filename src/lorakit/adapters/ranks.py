@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from lorakit.adapters.adapter import Factors
 from lorakit.adapters.budget import cost_of, equal_rank
 from lorakit.adapters.plan import Site
 from lorakit.adapters.spec import LoraSpec
@@ -83,4 +85,28 @@ def with_ranks(spec: LoraSpec, ranks: Mapping[str, int], equal: int) -> LoraSpec
         ranks="uniform",
         rank_pattern={name: ranks[name] for name in others},
         alpha_pattern={name: alpha_for(scaling, ranks[name], spec.scaling) for name in others},
+    )
+
+
+def spec_of_factors(spec: LoraSpec, factors: Mapping[str, Factors]) -> LoraSpec:
+    """The request that is answered by these very factors, whatever was asked for at first.
+
+    Args:
+        spec: what else is asked for: dropout, scaling rule, biases.
+        factors: site name -> update.
+    """
+    r = Counter(f.r for f in factors.values()).most_common(1)[0][0] if factors else 1
+    alphas = Counter(f.alpha for f in factors.values())
+    alpha = alphas.most_common(1)[0][0] if alphas else spec.alpha
+    # Of two names that end alike the longer one must be asked first.
+    names = sorted(factors, key=lambda name: (-len(name), name))
+    return replace(
+        spec,
+        r=r,
+        alpha=alpha,
+        budget=None,
+        ranks="uniform",
+        init="gaussian",
+        rank_pattern={name: factors[name].r for name in names if factors[name].r != r},
+        alpha_pattern={n: factors[n].alpha for n in names if factors[n].alpha != alpha},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -260,8 +261,10 @@ def require_chosen(spec: LoraSpec) -> None:
 
 
 def _is_number(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    # An integer beyond the largest float is no number to compute with.
+    return abs(value) <= sys.float_info.max
 
 
 def _check_rank(where: str, value: object) -> None:

@@ -35,7 +35,13 @@ def not_finite(adapter: Adapter) -> list[str]:
         if factors.magnitude is not None:
             named.append((f"{name} magnitude", factors.magnitude))
     named += [*adapter.biases.items(), *adapter.overrides.items()]
-    return [f"not finite: {name}" for name, t in named if not bool(torch.isfinite(t).all())]
+    return [f"not finite: {name}" for name, t in named if not _is_finite(t)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Eight-bit floats, which a file may hold, cannot be asked.
+    narrow = tensor.is_floating_point() and tensor.itemsize == 1
+    return bool(torch.isfinite(tensor.float() if narrow else tensor).all())
 
 
 def changed_base(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:

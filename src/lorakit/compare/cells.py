@@ -14,7 +14,8 @@ from lorakit.compare.arms import Arm
 from lorakit.compare.config import DEFAULT_SHARE, CompareConfig
 from lorakit.compare.files import DataFiles
 from lorakit.errors import ConfigError
-from lorakit.train.config import TrainConfig, changed_keys
+from lorakit.train.config import TrainConfig
+from lorakit.train.schema import changed_keys
 
 Kind = Literal["probe", "search", "final"]
 RECORD = "cell.json"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from lorakit.data.encode import IGNORED, Encoded, Encoder, Example, eos_id, token_text
+from lorakit.data.examples import ExampleList
 from lorakit.data.formats import Format, answer_of, detect_format, read_content
 from lorakit.data.hashes import template_hash, tokenizer_hash
 from lorakit.data.options import SftOptions
@@ -19,27 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Examples(Sequence[Example]):
-    """The examples of a data set with the report on them; also a map-style torch data set."""
-
-    def __init__(self, examples: list[Example], report: SftReport) -> None:
-        self._examples = examples
-        self.report = report
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        return self._examples[index]
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each example."""
-        return [len(example) for example in self._examples]
+Examples = ExampleList[Example, SftReport]
 
 
 class LossMaskError(DataError):

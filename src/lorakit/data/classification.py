@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from lorakit.data.classify_options import ClassifyOptions, Columns, find_columns
+from lorakit.data.examples import ExampleList
 from lorakit.data.hashes import tokenizer_hash
 from lorakit.data.rows import Rows
 from lorakit.data.targets import Targets
@@ -100,30 +101,20 @@ class ClassifyReport:
         return asdict(self) | {"notes": list(self.notes)}
 
 
-class ClassifyExamples(Sequence[ClassifyExample]):
-    """The examples of a data set with the report on them; also a map-style torch data set."""
+class ClassifyExamples(ExampleList[ClassifyExample, ClassifyReport]):
+    """The examples with what their labels mean.
+
+    Args:
+        examples: the rows as tokens.
+        targets: what a label stands for.
+        report: what tokenising found.
+    """
 
     def __init__(
         self, examples: list[ClassifyExample], targets: Targets, report: ClassifyReport
     ) -> None:
-        self._examples = examples
+        super().__init__(examples, report)
         self.targets = targets
-        self.report = report
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    @overload
-    def __getitem__(self, index: int) -> ClassifyExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ClassifyExample]: ...
-    def __getitem__(self, index: int | slice) -> ClassifyExample | list[ClassifyExample]:
-        return self._examples[index]
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each example."""
-        return [len(example) for example in self._examples]
 
 
 def build_classification(

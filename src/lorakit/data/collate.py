@@ -69,7 +69,8 @@ class PreferenceCollator:
         Returns:
             input_ids, attention_mask and labels, each int64 (answers, length), and desirable, bool
             (answers,). Of pairs all chosen answers come first, then the rejected ones in the same
-            order. With `mismatched`, as many rows again for the mismatched answers.
+            order. With `mismatched`, as many rows again for the mismatched answers. Where it is
+            known of all answers, reference, float32 (answers,).
         """
         num_each = len(examples[0].answers)
         answers = [example.answers[i] for i in range(num_each) for example in examples]
@@ -78,6 +79,9 @@ class PreferenceCollator:
             rows += [_crossed(one, two) for one, two in zip(rows, rows[1:] + rows[:1], strict=True)]
         batch = self._collator(rows)
         batch["desirable"] = torch.tensor([answer.desirable for answer in answers])
+        known = [answer.reference for answer in answers if answer.reference is not None]
+        if len(known) == len(rows):
+            batch["reference"] = torch.tensor(known)
         return batch
 
 

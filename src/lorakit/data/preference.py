@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from lorakit.data.encode import IGNORED, Encoded, Encoder, Example
+from lorakit.data.examples import ExampleList
 from lorakit.data.formats import Content, wrong_kind
 from lorakit.data.hashes import template_hash, tokenizer_hash
 from lorakit.data.options import SftOptions
@@ -37,10 +37,12 @@ class Answer:
     Args:
         example: prompt and answer; the labels are the answer's tokens.
         desirable: whether it is a good one.
+        reference: its log-probability under the reference, in nats, where that is known already.
     """
 
     example: Example
     desirable: bool
+    reference: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Judged:
     row: int
 
     def __len__(self) -> int:
+        """Tokens of all answers with their prompts."""
         return sum(len(answer.example) for answer in self.answers)
 
 
@@ -109,27 +112,7 @@ class PreferenceReport:
         return asdict(self) | {"notes": list(self.notes)}
 
 
-class PreferenceExamples(Sequence[Judged]):
-    """The examples of a data set with the report on them; also a map-style torch data set."""
-
-    def __init__(self, examples: list[Judged], report: PreferenceReport) -> None:
-        self._examples = examples
-        self.report = report
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    @overload
-    def __getitem__(self, index: int) -> Judged: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Judged]: ...
-    def __getitem__(self, index: int | slice) -> Judged | list[Judged]:
-        return self._examples[index]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example, both answers of a pair with their prompts."""
-        return [len(example) for example in self._examples]
+PreferenceExamples = ExampleList[Judged, PreferenceReport]
 
 
 def build_preferences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,11 +18,15 @@ import pyarrow.parquet
 
 from lorakit.data.rows import Origin, Row
 from lorakit.errors import DataError
+from lorakit.files import parse_json
 
 Reader: TypeAlias = Callable[[Path], Iterator[tuple[Origin, Row]]]
 
 # The csv module refuses fields beyond 128 KiB unless told otherwise; documents are longer.
 CSV_FIELD_BYTES = 2**31 - 1
+# A packed file of megabytes can hold a line of any length: what is longer is refused, not read.
+MOST_LINE_BYTES = 2**28
+MOST_FILE_BYTES = 2**31
 
 _MAGIC = {
     b"PAR1": "a Parquet file",
@@ -42,7 +47,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[Origin, Row]]:
     """
     place = f"{path.name} line"
     with _opened(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number in itertools.count(1):
+            line = stream.readline(MOST_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MOST_LINE_BYTES:
+                raise _too_long(path, f"line {number}", MOST_LINE_BYTES)
             text = _decode_line(line, path, number)
             if text.strip():
                 yield Origin(place, number), _json_row(text, path, number)
@@ -55,12 +65,14 @@ def read_json(path: Path) -> Iterator[tuple[Origin, Row]]:
         DataError: the file is not UTF-8, not JSON, or not a list of objects.
     """
     with _opened(path) as stream:
-        content = stream.read()
+        content = stream.read(MOST_FILE_BYTES + 1)
+    if len(content) > MOST_FILE_BYTES:
+        raise _too_long(path, "the whole", MOST_FILE_BYTES)
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = _parsed(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, content, f"byte {error.start}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from read_jsonl(path)
             return
@@ -173,11 +185,23 @@ def _decode_line(line: bytes, path: Path, number: int) -> str:
         raise _not_utf8(path, line if number == 1 else b"", f"line {number}") from error
 
 
+def _parsed(text: str) -> Any:
+    """The JSON value, with nothing in it that is no text: half of a surrogate pair can be escaped.
+
+    Raises:
+        ValueError: see `lorakit.files.parse_json`.
+    """
+    value = parse_json(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
 def _json_row(text: str, path: Path, number: int) -> Row:
     where = f"{path}, line {number}"
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = _parsed(text)
+    except ValueError as error:
         is_list = number == 1 and text.lstrip().startswith("[")
         found = str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -249,6 +273,15 @@ def _check_width(fields: list[str], header: list[str], where: str) -> None:
             found=f"{len(fields)} fields: {_excerpt(', '.join(fields))}",
             remedy="put text that holds the separator or a line break in double quotes",
         )
+
+
+def _too_long(path: Path, what: str, limit: int) -> DataError:
+    return DataError(
+        "this JSON is too long to be read at once",
+        where=f"{path}, {what}",
+        expected=f"at most {limit:,} bytes",
+        remedy="write one row per line, or Parquet",
+    )
 
 
 def _not_utf8(path: Path, head: bytes, place: str) -> DataError:

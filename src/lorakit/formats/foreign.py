@@ -15,7 +15,7 @@ from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, RequestError, nearest
-from lorakit.formats.peft_parts import stack_parts
+from lorakit.formats.peft_parts import FACTOR_DTYPES, stack_parts
 from lorakit.layers.kinds import LayerKind, kind_of
 
 
@@ -303,6 +303,10 @@ def made_adapter(
     )
 
 
+# What safetensors raises for damaged files, and torch for dtypes that it does not have.
+UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError)
+
+
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """All tensors of one file, floating-point ones in float32.
 
@@ -312,13 +316,18 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(file), framework="pt") as handle:
             return {key: widened(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise AdapterFileError(
             "the adapter's tensors cannot be read",
             where=str(file),
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             remedy="copy the file again",
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, shortly; some say nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -332,7 +341,7 @@ def pairs_of(
     """Module's name in the file -> the two factors.
 
     Raises:
-        AdapterFileError: one factor without the other.
+        AdapterFileError: one factor without the other, or one that is no matrix of numbers.
     """
     first, second = endings
     names = dict.fromkeys(
@@ -343,4 +352,14 @@ def pairs_of(
         raise AdapterFileError(
             "a factor stands without the other", where=f"{where}: {alone[0]}", expected=str(endings)
         )
-    return {n: (tensors[f"{n}{first}"], tensors[f"{n}{second}"]) for n in names}
+    pairs = {n: (tensors[f"{n}{first}"], tensors[f"{n}{second}"]) for n in names}
+    for name, factors in pairs.items():
+        for factor in factors:
+            if factor.ndim < 2 or not factor.numel() or factor.dtype not in FACTOR_DTYPES:
+                raise AdapterFileError(
+                    "a factor that is no matrix of numbers",
+                    where=f"{where}: {name}",
+                    expected="a rank of at least 1, floating point",
+                    found=f"{tuple(factor.shape)}, {str(factor.dtype).removeprefix('torch.')}",
+                )
+    return pairs

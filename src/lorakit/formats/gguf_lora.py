@@ -8,6 +8,7 @@ converter does; `token_embd`'s lora_a is transposed, because the look-up reads i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lorakit.formats.foreign import (
     pairs_of,
     whole_updates,
 )
+from lorakit.formats.gguf_header import check_gguf_header
 
 _FILE = "adapter.gguf"
 _ENDINGS = (".weight.lora_a", ".weight.lora_b")
@@ -88,6 +90,14 @@ class GgufFormat:
                     remedy="is --base right?",
                 )
             A = a.T if key == "token_embd" else a
+            if b.shape[0] % names.row_step(module):
+                raise AdapterFileError(
+                    "a factor whose rows are no whole heads",
+                    where=f"{file}: {key}",
+                    expected=f"a multiple of {names.row_step(module)} rows",
+                    found=str(b.shape[0]),
+                    remedy="is --base right?",
+                )
             B = names.own_rows(module, b)
             # llama.cpp takes alpha = 0 for a scaling of 1.
             scaling = alpha / b.shape[1] if alpha else 1.0
@@ -182,6 +192,10 @@ class _GgufNames:
             return B
         return B.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
+    def row_step(self, module: str) -> int:
+        """What the number of rows of lora_b must be a multiple of."""
+        return 2 * self._permuted_heads(module) or 1
+
     def _permuted_heads(self, module: str) -> int:
         leaf = module.rpartition(".")[2]
         if not self.arch.permuted:
@@ -189,14 +203,26 @@ class _GgufNames:
         return {"q_proj": self._heads, "k_proj": self._kv_heads}.get(leaf, 0)
 
 
+# What the reader and its dequantization raise for damaged files.
+_BROKEN = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
+_BROKEN += (NotImplementedError,)
+
+
 def _read(file: Path, arch: _Arch) -> tuple[float, dict[str, Tensor]]:
     try:
+        check_gguf_header(file)
         reader = gguf.GGUFReader(str(file))
-    except (OSError, ValueError, IndexError) as error:
+        facts = {key: _value(reader, key) for key in reader.fields}
+        tensors = {
+            t.name: torch.from_numpy(
+                np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32)
+            )
+            for t in reader.tensors
+        }
+    except _BROKEN as error:
         raise AdapterFileError(
             "the GGUF file cannot be read", where=str(file), found=str(error) or "not a GGUF file"
         ) from error
-    facts = {key: _value(reader, key) for key in reader.fields}
     expected = gguf.MODEL_ARCH_NAMES[arch.arch]
     kind = (facts.get(gguf.Keys.General.TYPE), facts.get(gguf.Keys.Adapter.TYPE))
     if kind != ("adapter", "lora") or gguf.Keys.Adapter.LORA_ALPHA not in facts:
@@ -215,13 +241,12 @@ def _read(file: Path, arch: _Arch) -> tuple[float, dict[str, Tensor]]:
             found=str(found),
             remedy="is --base right?",
         )
-    tensors = {
-        t.name: torch.from_numpy(
-            np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32)
+    alpha = facts[gguf.Keys.Adapter.LORA_ALPHA]
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise AdapterFileError(
+            "the adapter's alpha is no finite number", where=str(file), found=repr(alpha)
         )
-        for t in reader.tensors
-    }
-    return float(facts[gguf.Keys.Adapter.LORA_ALPHA]), tensors
+    return float(alpha), tensors
 
 
 def _value(reader: gguf.GGUFReader, key: str) -> Any:

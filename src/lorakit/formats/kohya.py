@@ -81,6 +81,12 @@ class KohyaFormat:
                 names.require([key], file)
                 continue
             alpha = tensors.get(f"{key}.alpha")
+            if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite().all())):
+                raise AdapterFileError(
+                    "an alpha that is no finite number",
+                    where=f"{file}: {key}.alpha",
+                    found=f"shape {tuple(alpha.shape)}",
+                )
             scaling = 1.0 if alpha is None else float(alpha) / down.shape[0]
             if down.ndim == 4 and names.kind(module, file).name != "conv2d":
                 down, up = down.flatten(1), up.flatten(1)

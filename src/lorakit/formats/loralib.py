@@ -12,7 +12,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from lorakit.formats.foreign import (
     Names,
     WholeUpdate,
     common_alpha,
+    first_line,
     made_adapter,
     pairs_of,
     read_safetensors,
@@ -129,11 +129,11 @@ def _state(file: Path) -> dict[str, Tensor]:
         return read_safetensors(file)
     try:
         loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its reader stumbles over
         raise AdapterFileError(
             "the state dict cannot be read",
             where=str(file),
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             remedy="save it again: torch.save(loralib.lora_state_dict(model), file)",
         ) from error
     for wrapper in _WRAPPERS:

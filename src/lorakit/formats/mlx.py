@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.errors import AdapterFileError, RequestError
-from lorakit.files import write_json
+from lorakit.files import read_json, write_json
 from lorakit.formats.foreign import (
     Conversion,
     Names,
@@ -182,7 +181,7 @@ def _as_dora(adapter: Adapter) -> Adapter:
 def _read_config(file: Path) -> Mapping[str, Any]:
     expected = '"lora_parameters" with a "scale", and fine_tune_type lora or dora'
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         float(config["lora_parameters"]["scale"])
         if config.get("fine_tune_type", "lora") not in ("lora", "dora"):
             raise ValueError(f"fine_tune_type {config['fine_tune_type']}")

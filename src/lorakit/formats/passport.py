@@ -5,7 +5,6 @@ PEFT and every other reader of the directory ignore the file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.fingerprint import Fingerprint
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError, SpecError
-from lorakit.files import write_json
+from lorakit.files import read_json, write_json
 from lorakit.layers.rows import Rows
 
 PASSPORT_NAME = "lorakit.json"
@@ -63,7 +62,7 @@ def read_passport(
     if not path.is_file():
         return {}, {}, None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if document["format"] != _FORMAT:
             raise AdapterFileError(
                 "the passport has a format this version does not know",
@@ -80,7 +79,7 @@ def read_passport(
         facts = {k: v for k, v in document.items() if k not in ("format", "spec", "sites")}
         if "samples" in facts.get("base", {}):
             Fingerprint.from_json(facts["base"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, AdapterFileError) and not isinstance(error, SpecError):
             raise
         raise AdapterFileError(

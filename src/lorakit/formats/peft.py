@@ -14,11 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,7 +36,13 @@ from lorakit.formats.peft_config import (
     read_config,
     spec_from_config,
 )
-from lorakit.formats.peft_parts import parts_fit, split_parts, stack_magnitudes, stack_parts
+from lorakit.formats.peft_parts import (
+    FACTOR_DTYPES,
+    parts_fit,
+    split_parts,
+    stack_magnitudes,
+    stack_parts,
+)
 
 TENSORS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -202,11 +207,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         if old.is_file():
             return dict(torch.load(old, map_location="cpu", weights_only=True))
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its reader stumbles over
         raise AdapterFileError(
             "the adapter's tensors cannot be read: the file is corrupt or truncated",
             where=str(file if file.is_file() else old),
-            found=str(error).splitlines()[0],
+            found=(str(error).splitlines() or [type(error).__name__])[0],
             remedy="copy or train the adapter again",
         ) from error
     raise AdapterFileError(
@@ -287,6 +292,9 @@ def _whole_factors(
         kind = "conv1d" if config.get("fan_in_fan_out") else "linear"
     scaling = spec.scale(r=r, alpha=alpha)
     magnitude = pair.get("magnitude")
+    if not all(value.dtype in FACTOR_DTYPES for value in pair.values()):
+        dtypes = ", ".join(str(value.dtype).removeprefix("torch.") for value in pair.values())
+        return f"misshapen: {module}: {dtypes} where floating-point numbers belong"
     if (magnitude is not None) != (spec.update == "dora"):
         return (
             f"missing: {module}: lora_magnitude_vector, and the configuration says use_dora"

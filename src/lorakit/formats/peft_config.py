@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError, LorakitWarning, SpecError
+from lorakit.files import read_json
 from lorakit.math.scaling import alpha_for
 
 CONFIG_NAME = "adapter_config.json"
@@ -70,8 +70,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             else "give the directory that holds it",
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
         raise AdapterFileError(
             "the adapter's configuration is not JSON",
             where=str(path),

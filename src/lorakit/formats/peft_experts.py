@@ -9,7 +9,6 @@ changes, they only move.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError
-from lorakit.files import write_json
+from lorakit.files import read_json, write_json
 from lorakit.formats.foreign import read_safetensors
 from lorakit.formats.peft_config import CONFIG_NAME, peft_pattern
 
@@ -37,7 +36,7 @@ def has_experts(path: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except ValueError:
         return False
     return isinstance(config, dict) and bool(config.get("target_parameters"))
@@ -58,7 +57,7 @@ def convert_experts(path: Path, output: Path, model: nn.Module, to: Layout) -> d
     Raises:
         AdapterFileError: shapes that are neither layout's.
     """
-    config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    config = read_json(path / CONFIG_NAME)
     tensors = read_safetensors(path / _TENSORS)
     modules = base_modules(model)
     result = dict(tensors)

@@ -12,6 +12,9 @@ from lorakit.errors import AdapterFileError
 from lorakit.formats.passport import SiteRecord
 from lorakit.math.scaling import Scaling, alpha_for
 
+# What a factor may be stored in; eight-bit floats and whole numbers are other tools' own encodings.
+FACTOR_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def stack_parts(parts: list[Factors]) -> tuple[Tensor, Tensor, float]:
     """One (A, B, scaling) for the whole module: A stacked, B block-wise, one scaling for all."""

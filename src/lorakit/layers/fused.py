@@ -30,7 +30,7 @@ _ORDINARY = ("Parameter", "FakeTensor")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One update: its scaling, and the output rows [start, stop) that it owns."""
+    """One product: its scaling, and the output rows [start, stop) that it owns."""
 
     scaling: float
     start: int
@@ -61,8 +61,9 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
         if rows is not None and rows.count != 1:
             return None
         start = 0 if rows is None else rows.start
-        parts.append(Part(update.scaling, start, start + update.lora_B.shape[0]))
-        factors += [update.lora_A, update.lora_B]
+        for A, B, scaling in update.pairs():
+            parts.append(Part(scaling, start, start + B.shape[0]))
+            factors += [A, B]
     weight, bias = frozen
     return adapted_linear(x, weight, bias, tuple(parts), factors)
 
@@ -94,7 +95,7 @@ def adapted_linear(
         x: (..., in).
         weight: (out, in), frozen.
         bias: (out,), frozen, or None.
-        parts: one for each update.
+        parts: one for each product.
         factors: A (r, in) and B (rows of the part, r) of each part in turn, any floating dtype;
             used in the dtype of the activations; their gradients come in their own.
 

@@ -56,6 +56,9 @@ def _is_simple(update: LowRank) -> bool:
     """Whether the update is s B A x on the input as it is, over one stretch of the output."""
     if update.training and update.dropout:
         return False
-    if update._buffers["start_B"] is not None or update.magnitude is not None:
+    frozen = update._buffers
+    if frozen["start_B"] is not None or frozen["under_B"] is not None:
+        return False
+    if update.magnitude is not None:
         return False
     return not update.awaits_data and (update.rows is None or update.rows.count == 1)

@@ -130,8 +130,11 @@ class LowRank(nn.Module):
         self.magnitude: nn.Parameter | None = None
         self.start_A: Tensor | None
         self.start_B: Tensor | None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
+        self.under_A: Tensor | None
+        self.under_B: Tensor | None
+        for buffer in ("start_A", "start_B", "under_A", "under_B"):
+            self.register_buffer(buffer, None)
+        self.under_scaling = 1.0
         self.awaits_data = False
         self.scaling = scaling
         self.rule = rule
@@ -157,6 +160,28 @@ class LowRank(nn.Module):
         """
         self.start_A = self.lora_A.detach().clone()
         self.start_B = self.lora_B.detach().clone()
+
+    def put_on(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        """Take a frozen update beneath: from now on the update is s B A + s1 B1 A1.
+
+        Args:
+            A: A1, (r1, in) or the kind's shape; copied to where lora_A is.
+            B: B1, (out, r1) or the kind's shape.
+            scaling: s1.
+        """
+        under_A = self.lora_A.new_empty((A.shape[0], *self.lora_A.shape[1:]))
+        under_B = self.lora_B.new_empty((self.lora_B.shape[0], A.shape[0], *self.lora_B.shape[2:]))
+        if not under_A.is_meta:
+            under_A.copy_(A)
+            under_B.copy_(B)
+        self.under_A, self.under_B, self.under_scaling = under_A, under_B, scaling
+
+    def pairs(self) -> list[tuple[Tensor, Tensor, float]]:
+        """A, B and scaling of each product that a plain update is the sum of."""
+        found: list[tuple[Tensor, Tensor, float]] = [(self.lora_A, self.lora_B, self.scaling)]
+        if self.under_A is not None and self.under_B is not None:
+            found.append((self.under_A, self.under_B, self.under_scaling))
+        return found
 
     def change(self, host: Host, x: Tensor, y: Tensor) -> Tensor:
         """What this update adds to the base's output y, in y's dtype.
@@ -189,21 +214,42 @@ class LowRank(nn.Module):
 
         Computed as `branch` computes B A x, so that the two cancel to the last bit at the start.
         """
-        if self.start_A is None or self.start_B is None:
+        return self._frozen_branch(host, x, (self.start_A, self.start_B), scale)
+
+    def under_branch(self, host: Host, x: Tensor) -> Tensor | None:
+        """s1 B1 A1 x of what lies beneath, or None where nothing does."""
+        return self._frozen_branch(host, x, (self.under_A, self.under_B), self.under_scaling)
+
+    def _frozen_branch(
+        self,
+        host: Host,
+        x: Tensor,
+        factors: tuple[Tensor | None, Tensor | None],
+        scale: Tensor | float,
+    ) -> Tensor | None:
+        A, B = factors
+        if A is None or B is None:
             return None
-        dtype = activation_dtype(x, self.start_A)
-        B = scaled_rows(self.start_B, scale, dtype)
-        y = host.kind.branch(host.base, x, self.start_A.to(dtype), B)
+        dtype = activation_dtype(x, A)
+        y = host.kind.branch(host.base, x, A.to(dtype), scaled_rows(B, scale, dtype))
         return y if self.rows is None else self.rows.spread(y)
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """The factors of the whole update: A and B, or [A; A0] and [B, -B0]."""
-        if self.start_A is None or self.start_B is None:
+        """The factors of the whole update at its scaling s.
+
+        A and B; with a start [A; A0] and [B, -B0]; with an update beneath [A; A1] and
+        [B, s1/s B1].
+        """
+        all_A, all_B = [self.lora_A], [self.lora_B]
+        if self.start_A is not None and self.start_B is not None:
+            all_A.append(self.start_A)
+            all_B.append(-self.start_B)
+        if self.under_A is not None and self.under_B is not None:
+            all_A.append(self.under_A)
+            all_B.append(self.under_B * (self.under_scaling / self.scaling))
+        if len(all_A) == 1:
             return self.lora_A, self.lora_B
-        return (
-            torch.cat([self.lora_A, self.start_A]),
-            torch.cat([self.lora_B, -self.start_B], dim=1),
-        )
+        return torch.cat(all_A), torch.cat(all_B, dim=1)
 
     def values(self, kind: LayerKind) -> UpdateValues:
         """The learned tensors, live, with what is needed to apply them to a weight."""

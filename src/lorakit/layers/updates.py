@@ -20,7 +20,11 @@ from lorakit.weights.storage import base_weight
 
 
 class LoraRule:
-    """W' = W0 + s B A (Hu et al. 2021, eq. 3), or W0 + s (B A - B0 A0) with a start."""
+    """W' = W0 + s B A (Hu et al. 2021, eq. 3).
+
+    With a start W0 + s (B A - B0 A0); with an update beneath W0 + s B A + s1 B1 A1, of which
+    dropout sees the first product alone.
+    """
 
     name = "lora"
 
@@ -29,7 +33,10 @@ class LoraRule:
         B = scaled_rows(update.lora_B, update.scaling, activation_dtype(x, y))
         product = update.branch(host, _dropped(update, x), B)
         start = update.start_branch(host, x, update.scaling)
-        return (product if start is None else product - start).to(y.dtype)
+        if start is not None:
+            product = product - start
+        under = update.under_branch(host, x)
+        return (product if under is None else product + under).to(y.dtype)
 
 
 class DoraRule:

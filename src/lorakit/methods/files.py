@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterFileError
-from lorakit.files import atomic_directory, write_json
+from lorakit.files import atomic_directory, read_json, write_json
 from lorakit.formats.passport import PASSPORT_NAME
 from lorakit.formats.peft_config import CONFIG_NAME
 
@@ -114,7 +113,7 @@ def _nothing_here(path: Path) -> AdapterFileError:
 
 def _read_document(file: Path) -> dict[str, Any]:
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = read_json(file)
         if not isinstance(document, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:

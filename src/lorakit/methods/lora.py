@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import attach, detach, use
-from lorakit.adapters.attachments import adapted_layers
+from lorakit.adapters.attachments import adapted_layers, attachments_of
+from lorakit.adapters.bind import bind_adapter, plan_of_binding
 from lorakit.adapters.fold import merge
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.spec import LoraSpec, require_chosen
+from lorakit.adapters.stack import attach_stacked, plan_stacked
 from lorakit.adapters.state import adapter_state, data_was_seen, load_in_place
 from lorakit.formats.peft import save_adapter
 from lorakit.methods.base import TrainableReport, one_group
@@ -25,6 +29,28 @@ LORA_PLUS_EMBEDDING_LR = 1e-6
 EMBEDDING = "embedding"
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The saved adapter that a new one begins with.
+
+    Attributes:
+        adapter: as it was read.
+        path: where it was read, for messages.
+        beneath: it stays frozen beneath a new adapter; else it is trained further itself.
+    """
+
+    adapter: Adapter
+    path: str
+    beneath: bool
+
+    @property
+    def note(self) -> str:
+        """What the user should know, in a sentence."""
+        if self.beneath:
+            return f"on top of the frozen adapter {self.path}; both are saved as one"
+        return f"goes on training the adapter {self.path}, which stays as it is"
+
+
 class LoraMethod:
     """Low-rank updates beside a frozen base.
 
@@ -32,6 +58,8 @@ class LoraMethod:
         spec: the adapter to learn.
         adapter_name: its name on the model.
         lora_plus_ratio: LoRA+, lr_B = ratio * lr_A; None for one rate.
+        begin: the saved adapter to begin with; None for a new one on the base. To go on training
+            it, `spec` is `lorakit.adapters.stack.spec_to_continue`.
     """
 
     name = "lora"
@@ -42,28 +70,54 @@ class LoraMethod:
         adapter_name: str = "default",
         *,
         lora_plus_ratio: float | None = None,
+        begin: Beginning | None = None,
     ) -> None:
         self.spec = spec
         self.adapter_name = adapter_name
         self.lora_plus_ratio = lora_plus_ratio
+        self.begin = begin
 
     def options(self) -> dict[str, Any]:
         """The spec's fields."""
         return self.spec.to_dict()
 
     def plan(self, model: nn.Module) -> TrainableReport:
-        """Resolve the spec; see `lorakit.adapters.plan.plan_adapter`."""
-        return _report(model, plan_adapter(model, self.spec))
+        """Resolve the spec; see `lorakit.adapters.plan.plan_adapter` and `adapters.stack`."""
+        return self._report(model, self._plan(model))
 
     def attach(self, model: nn.Module) -> TrainableReport:
         """Attach the adapter; see `lorakit.adapters.attach.attach`."""
         if not next(model.parameters()).is_meta:
             # A model without numbers is only counted: the equal rank has the same size.
             require_chosen(self.spec)
-        plan = plan_adapter(model, self.spec)
-        report = _report(model, plan)
-        attach(model, plan, self.adapter_name)
+        plan = self._plan(model)
+        report = self._report(model, plan)
+        if self.begin is None:
+            attach(model, plan, self.adapter_name)
+        elif self.begin.beneath:
+            attach_stacked(model, plan, self.begin.adapter, self.adapter_name)
+        else:
+            saved = replace(self.begin.adapter, spec=self.spec)
+            bind_adapter(model, saved, self.adapter_name)
+            # What is saved from here on is another adapter, with a passport of its own.
+            attachments_of(model).passports.pop(self.adapter_name)
         return report
+
+    def _plan(self, model: nn.Module) -> AdapterPlan:
+        if self.begin is None:
+            return plan_adapter(model, self.spec)
+        if self.begin.beneath:
+            return plan_stacked(model, self.spec, self.begin.adapter)
+        return plan_of_binding(model, replace(self.begin.adapter, spec=self.spec))
+
+    def _report(self, model: nn.Module, plan: AdapterPlan) -> TrainableReport:
+        return TrainableReport(
+            num_trainable=plan.num_params(),
+            num_total=num_params(model) + plan.num_params(),
+            sites=tuple(s.name for s in plan.sites) + tuple(o.module for o in plan.overrides),
+            notes=plan.notes if self.begin is None else (*plan.notes, self.begin.note),
+            ranks={site.name: site.r for site in plan.sites},
+        )
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The adapter's tensors: `<module>.parts.<index>.lora_A` and so on."""
@@ -114,13 +168,3 @@ class LoraMethod:
         """Write the adapter in PEFT's layout, its passport beside."""
         facts = {"method": self.name, **passport}
         save_adapter(model, path, self.adapter_name, passport=facts, replace=True)
-
-
-def _report(model: nn.Module, plan: AdapterPlan) -> TrainableReport:
-    return TrainableReport(
-        num_trainable=plan.num_params(),
-        num_total=num_params(model) + plan.num_params(),
-        sites=tuple(s.name for s in plan.sites) + tuple(o.module for o in plan.overrides),
-        notes=plan.notes,
-        ranks={site.name: site.r for site in plan.sites},
-    )

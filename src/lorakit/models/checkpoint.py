@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lorakit.errors import ModelError
+from lorakit.files import read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -122,7 +122,7 @@ def _tensor_bytes(shape: list[int], stored: str, dtype: torch.dtype | None) -> i
 def _indexed_names(index: Path) -> list[str]:
     expected = 'a JSON object with "weight_map"'
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
     except (OSError, ValueError) as error:
         raise ModelError(
             "the index of the weights is not JSON",

@@ -157,7 +157,7 @@ def _product_of(module: nn.Module) -> tuple[Product, list[Tensor]] | None:
     if branch.bias is not None or len(updates) != 1 or not updates[0].fusable:
         return None
     update = updates[0]
-    if update.rows is not None:
+    if update.rows is not None or update.under_B is not None:
         return None
     return Product(*frozen, update.scaling), [update.lora_A, update.lora_B]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lorakit.errors import ModelError, nearest
+from lorakit.files import read_json
 from lorakit.models.gguf import converted
 from lorakit.models.named import NAMED_MODELS, find_named
 
@@ -82,7 +82,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     expected = "a JSON object, as transformers writes it"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         raise ModelError(
             "the model directory has no config.json",

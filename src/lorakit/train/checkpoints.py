@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorakit.errors import LorakitWarning, TrainingError
-from lorakit.files import atomic_directory, write_json, writing
+from lorakit.files import atomic_directory, read_json, write_json, writing
 from lorakit.methods.base import Method
 
 MANIFEST = "checkpoint.json"
@@ -170,9 +169,11 @@ class CheckpointStore:
         """The checkpoint of a step if it is whole, else what is wrong with it."""
         path = self.path_of(step)
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(path / MANIFEST)
             state = RunState(**manifest["state"])
             for name, expected in manifest["files"].items():
+                if not (path / name).resolve().is_relative_to(path.resolve()):
+                    return f"{name} is outside of it"
                 if _fingerprint(path / name) != expected:
                     return f"{name} is not what was written"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

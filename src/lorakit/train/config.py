@@ -14,6 +14,7 @@ from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.registry import METHODS, build_method
 from lorakit.train import schema
+from lorakit.train.beginning import Beginnings, begin_lora
 from lorakit.train.data_section import DataSection, require
 from lorakit.train.method_sections import MethodSections, check_data_start
 from lorakit.train.overrides import apply_overrides
@@ -265,6 +266,7 @@ class TrainConfig(MethodSections):
             require(self.train.batch_size > 1, "train.batch_size", "> 1 for task kto", 1)
         self._check_lora_plus()
         check_data_start(self.task, self.lora)
+        self.beginnings.check(task=self.task, method=self.method, lora=self.lora)
         self._check_combinations()
 
     def _check_lora_plus(self) -> None:
@@ -308,10 +310,19 @@ class TrainConfig(MethodSections):
         options = self.options
         if beside:
             options["also_train"] = list(dict.fromkeys([*options["also_train"], *beside]))
-        if self.train.lora_plus_ratio is not None:
-            spec = LoraSpec.from_dict(options)
-            return LoraMethod(spec, lora_plus_ratio=self.train.lora_plus_ratio)
-        return build_method(self.method, options)
+        if self.method != LoraMethod.name:
+            return build_method(self.method, options)
+        spec, ratio = LoraSpec.from_dict(options), self.train.lora_plus_ratio
+        return begin_lora(self.beginnings, spec, lora_plus_ratio=ratio)
+
+    @property
+    def beginnings(self) -> Beginnings:
+        """The saved adapters that are named."""
+        return Beginnings(
+            continue_from=self.continue_from,
+            on_top_of=self.on_top_of,
+            reference=self.preference.reference,
+        )
 
     @property
     def validates(self) -> bool:
@@ -348,6 +359,7 @@ class TrainConfig(MethodSections):
         """Plain values; `from_dict` reads them back. Sections of other methods are left out."""
         values = schema.plain(self)
         order = _ORDER + (("preference",) if self.task in PREFERENCE_TASKS else ())
+        order += tuple(key for key in ("continue_from", "on_top_of") if values[key] is not None)
         return {name: values[name] for name in order} | {self.method: values[self.method]}
 
     def to_yaml(self) -> str:
@@ -361,18 +373,6 @@ class TrainConfig(MethodSections):
             replace(leaf, type=", ".join(METHODS)) if leaf.name == "method" else leaf
             for leaf in schema.leaves(cls)
         ]
-
-
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The full names of the leaves in which two `to_dict` results differ, sorted."""
-    changed: set[str] = set()
-    for key in {*old, *new}:
-        name, before, after = schema.join(prefix, key), old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changed.update(changed_keys(before, after, name))
-        elif before != after:
-            changed.add(name)
-    return sorted(changed)
 
 
 def _one_length(in_file: Mapping[str, Any], merged: dict[str, Any]) -> dict[str, Any]:

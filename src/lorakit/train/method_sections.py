@@ -28,6 +28,20 @@ class MethodSections:
         ConfigError: no such method, or the section of another one is set.
     """
 
+    continue_from: str | None = field(
+        default=None,
+        metadata=_help(
+            "directory of a saved LoRA adapter that is trained further; it keeps its ranks and "
+            "sites, the result is another file"
+        ),
+    )
+    on_top_of: str | None = field(
+        default=None,
+        metadata=_help(
+            "directory of a saved LoRA adapter that stays frozen beneath the new one; both are "
+            "saved as one"
+        ),
+    )
     method: str = field(
         default="lora", metadata=_help("what is trained; its options stand in its own section")
     )

@@ -15,6 +15,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "label_noise": ("dpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "reference": ("dpo", "kto"),
+    "cache_reference": ("dpo",),
 }
 
 
@@ -51,6 +53,21 @@ class PreferenceSection:
     )
     undesirable_weight: float = field(
         default=1.0, metadata=_help("kto: weight of the loss of undesirable answers")
+    )
+
+    reference: str | None = field(
+        default=None,
+        metadata=_help(
+            "dpo, kto: what the policy is compared with: base, or the directory of a LoRA adapter; "
+            "null: the model as the run begins"
+        ),
+    )
+    cache_reference: bool = field(
+        default=False,
+        metadata=_help(
+            "dpo: compute the reference's log-probabilities once, before the first step, and keep "
+            "them in the cache directory for later runs on the same base and rows"
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from lorakit.errors import (
     TargetError,
 )
 from lorakit.formatting import format_bytes, format_share
-from lorakit.methods.base import TrainableReport
+from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.load import load_tokenizer, resolve_dtype
 from lorakit.models.quantizable import holds_four_bit, mark_four_bit
 from lorakit.planner.memory import (
@@ -39,6 +39,7 @@ from lorakit.train.objectives.base import ExampleSet, Objective
 from lorakit.train.objectives.registry import build_objective
 from lorakit.train.storage import require_storage
 from lorakit.train.trainer import steps_per_epoch
+from lorakit.weights.storage import storage_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,25 @@ class Preparation:
         """Bytes of one checkpoint: learned tensors, AdamW's moments, the directory to use."""
         copies = 3 if self.trains_all else 4
         return copies * 4 * self.plan.num_trainable
+
+    def with_model(self, model: PreTrainedModel, method: Method, base_sha256: str) -> Preparation:
+        """The same with what only the loaded model can tell of the rows.
+
+        Args:
+            model: with the method attached.
+            method: what is trained of it.
+            base_sha256: the base's fingerprint.
+        """
+        facts = {"base": base_sha256, "dtype": str(self.dtype), "bf16": self.bf16}
+        facts["storage"] = storage_of(model.modules())
+
+        def ready(examples: ExampleSet) -> ExampleSet:
+            return self.objective.with_model(examples, model, method, facts)
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            train = ready(self.data.train)
+            held = None if self.data.validation is None else ready(self.data.validation)
+        return replace(self, data=replace(self.data, train=train, validation=held))
 
     def notes(self) -> list[str]:
         """What the user should know, one sentence each."""

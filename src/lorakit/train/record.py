@@ -14,6 +14,7 @@ from typing import Any
 from lorakit.environment import hardware, peak_memory_bytes, versions
 from lorakit.errors import LorakitWarning
 from lorakit.methods.base import TrainableReport
+from lorakit.train.beginning import hashes
 from lorakit.train.checkpoints import RunState
 from lorakit.train.config import TrainConfig
 from lorakit.train.metrics import Line
@@ -74,8 +75,10 @@ class WarningLog:
 def passport(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
     """What every adapter of this run says about where it comes from."""
     report = prepared.data.train.report
+    saved = hashes(config.beginnings)
     return {
         "model": config.model.ref,
+        **({"adapters": saved} if saved else {}),
         "data": prepared.data.to_json(),
         **prepared.objective.facts(),
         "tokenizer_sha256": report.tokenizer_sha256,

@@ -10,11 +10,20 @@ from typing import Any
 import torch
 
 from lorakit.environment import versions
-from lorakit.errors import BaseMismatchError, ConfigError, DataError, LorakitWarning, OutputError
+from lorakit.errors import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    LorakitWarning,
+    OutputError,
+)
 from lorakit.files import require_free
+from lorakit.train.beginning import hashes
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore
-from lorakit.train.config import TrainConfig, changed_keys
+from lorakit.train.config import TrainConfig
 from lorakit.train.prepare import Preparation
+from lorakit.train.schema import changed_keys
 
 # What a resumed run may change: how long, how often, how much is kept, where. Everything else
 # would make it another run.
@@ -40,6 +49,7 @@ def identity(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
         "data": prepared.data.hashes(),
+        "adapters": hashes(config.beginnings),
         "max_steps": prepared.max_steps,
         "machine": {
             "torch": versions()["torch"],
@@ -105,6 +115,7 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
 
     Raises:
         DataError: the rows are not the same.
+        AdapterFileError: an adapter that the run begins with, or is compared with, is another one.
 
     Warns:
         LorakitWarning: the length of the run changed under a schedule, or the machine did.
@@ -118,6 +129,15 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
                 expected=f"content with SHA-256 {then['data'][split]}",
                 found=str(sha256),
                 remedy="put the old rows back, or start a new run",
+            )
+    for key, sha256 in now["adapters"].items():
+        if then.get("adapters", {}).get(key) != sha256:
+            raise AdapterFileError(
+                "the adapter is not the one this run was started with",
+                where=key,
+                expected=f"content with SHA-256 {then.get('adapters', {}).get(key)}",
+                found=sha256,
+                remedy="put the old adapter back, or start a new run",
             )
     schedule = now["config"]["train"]["schedule"]
     if then["max_steps"] != now["max_steps"] and schedule != "constant":

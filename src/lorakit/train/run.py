@@ -17,7 +17,7 @@ from lorakit.adapters.fingerprint import fingerprint
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.environment import memory_bytes
 from lorakit.errors import RequestError, TrainingError
-from lorakit.files import write_json, write_text
+from lorakit.files import only_writer, require_free, write_json, write_text
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.attention import use_attention
@@ -113,9 +113,12 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
             say(f"resuming from step {start.step} of {prepared.max_steps}")
         run.load()
         clock.mark("load_s")
-        run.fit()
-        clock.mark("train_s")
-        return run.finish(clock, warned.messages)
+        if start is None:
+            require_free(config.output)
+        with only_writer(config.output):
+            run.fit()
+            clock.mark("train_s")
+            return run.finish(clock, warned.messages)
 
 
 def _require_one_process() -> None:
@@ -188,6 +191,7 @@ class _Run:
             self._start_from_data()
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.model)
+        self.prepared = self.prepared.with_model(self.model, self.method, base_sha256)
 
     def _choose_ranks(self) -> None:
         """Ranks that the data decides; a resumed run takes those it was begun with."""

@@ -84,6 +84,18 @@ def plain(value: Any) -> Any:
     return value
 
 
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The full names of the leaves in which two `to_dict` results differ, sorted."""
+    changed: set[str] = set()
+    for key in {*old, *new}:
+        name, before, after = join(prefix, key), old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed.update(changed_keys(before, after, name))
+        elif before != after:
+            changed.add(name)
+    return sorted(changed)
+
+
 def leaves(cls: type, prefix: str = "") -> Iterator[FieldHelp]:
     """Every leaf below a dataclass, in the order of declaration."""
     hints = typing.get_type_hints(cls)

@@ -99,7 +99,12 @@ def dump(value: dict[str, Any]) -> str:
 
 def _load(text: str, *, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        _require_finite(value)
+    except _BROKEN as error:
+        raise ConfigError(
+            "this YAML has a value that cannot be", where=where, found=_first_line(error)
+        ) from error
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
@@ -108,3 +113,32 @@ def _load(text: str, *, where: str) -> Any:
             where=where if mark is None else f"{where}, line {mark.line + 1}",
             found=problem,
         ) from error
+    return value
+
+
+# What PyYAML lets through: dates that do not exist, numbers of thousands of digits, deep nesting.
+_BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
+_BROKEN += (RecursionError,)
+_MOST_VALUES = 100_000
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _require_finite(value: Any) -> None:
+    """Refuse aliases that unfold without end, or to more than any config is.
+
+    Raises:
+        ValueError: too many values.
+    """
+    waiting, count = [value], 0
+    while waiting:
+        found = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"its aliases unfold to more than {_MOST_VALUES:,} values")
+        if isinstance(found, dict):
+            waiting += [*found.keys(), *found.values()]
+        elif isinstance(found, (list, tuple, set)):
+            waiting += found

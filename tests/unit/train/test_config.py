@@ -4,7 +4,8 @@ import pytest
 
 from lorakit.errors import ConfigError, LorakitWarning, RequestError, SpecError
 from lorakit.methods.registry import METHODS, build_method
-from lorakit.train.config import TrainConfig, changed_keys
+from lorakit.train.config import TrainConfig
+from lorakit.train.schema import changed_keys
 
 MINIMAL = """
 model: some-model

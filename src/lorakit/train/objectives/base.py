@@ -159,6 +159,19 @@ class Objective(Protocol):
         """What the passport says of the task."""
         ...
 
+    def with_model(
+        self, examples: ExampleSet, model: PreTrainedModel, method: Method, facts: dict[str, Any]
+    ) -> ExampleSet:
+        """The examples with what only the loaded model can tell of them.
+
+        Args:
+            examples: as `build` made them.
+            model: with the method attached.
+            method: what is trained of it.
+            facts: plain values that name the base and the arithmetic.
+        """
+        ...
+
     def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> Learner:
         """The objective on this model.
 

@@ -133,6 +133,12 @@ class ClassifyObjective:
             }
         }
 
+    def with_model(
+        self, examples: ExampleSet, model: PreTrainedModel, method: Method, facts: dict[str, Any]
+    ) -> ExampleSet:
+        """The examples as they are."""
+        return examples
+
     def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> ClassifyLearner:
         """The loss on this model."""
         return self.learner(model)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lorakit.adapters.attach import use
+from lorakit.adapters.bind import bind_adapter, plan_binding
 from lorakit.data.collate import PreferenceCollator
 from lorakit.data.encode import IGNORED
-from lorakit.data.preference import PreferenceExamples, build_preferences
+from lorakit.data.preference import Judged, PreferenceExamples, build_preferences
 from lorakit.data.rows import Rows
 from lorakit.errors import TrainingError
 from lorakit.formatting import format_number
@@ -22,15 +24,19 @@ from lorakit.methods.base import Method
 from lorakit.models.empty import empty_model
 from lorakit.models.label_head import LabelHead, LabelLogits, evaluating, require_head
 from lorakit.models.load import load_base_model
+from lorakit.train.beginning import BASE, read_reference
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
 from lorakit.train.preference_section import PreferenceSection
+from lorakit.train.reference_cache import cached_reference
 
 # A prefix changes the model at once, so its policy does not begin at the reference.
 _CHANGE_AT_ONCE = ("prefix_embedding", "prefix_layer")
 # Per token, in nats; an adapter that adds nothing gives the same bits, a changed base rounds.
 _START_TOLERANCE = 1e-3
 _START_TOLERANCE_HALF = 5e-2
+# The name of the adapter that the policy is compared with.
+REFERENCE = "reference"
 
 
 class PreferenceObjective:
@@ -48,6 +54,7 @@ class PreferenceObjective:
         self._config = config
         self._tokenizer = tokenizer
         self._paired = config.task != "kto"
+        self._reference = read_reference(config.beginnings)
         # Verdicts of one kind alone have no margin, so for kto nothing can be chosen by it.
         self.metrics: tuple[str, ...] = ("reward_accuracy", "reward_margin") * self._paired
         pad = tokenizer.pad_token_id
@@ -56,15 +63,20 @@ class PreferenceObjective:
         )
 
     def empty_model(self) -> PreTrainedModel:
-        """The base as it is."""
+        """The base as it is; the reference would bind to it."""
         base = empty_model(self._config.model.ref)
         require_head(base)
+        if self._reference.adapter is not None:
+            plan_binding(base, self._reference.adapter)
         return base
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The base as it is."""
+        """The base as it is, with the adapter attached that is the reference."""
         base = self._config.model
-        return load_base_model(base.ref, base.quantize, dtype=dtype)
+        model = load_base_model(base.ref, base.quantize, dtype=dtype)
+        if self._reference.adapter is not None:
+            bind_adapter(model, self._reference.adapter, REFERENCE)
+        return model
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:
         """Nothing: the base has its head."""
@@ -102,12 +114,39 @@ class PreferenceObjective:
         if not self._paired:
             kinds = f"{report.num_desirable:,} desirable and {report.num_undesirable:,} other ones"
         told = f"{kinds}, {report.num_tokens:,} tokens, {report.num_answer_tokens:,} of answers"
-        return "; ".join((told, *report.notes))
+        against = ()
+        if self._config.task != "orpo":
+            elsewhere = "" if self._reference.is_start else ", where the policy does not begin"
+            against = (f"reference: {self._reference.name}{elsewhere}",)
+        return "; ".join((told, *against, *report.notes))
 
     def facts(self) -> dict[str, Any]:
         """What was preferred by which loss."""
         options = self._config.preference
-        return {"preference": {"task": self._config.task, "beta": options.beta}}
+        facts: dict[str, Any] = {"task": self._config.task, "beta": options.beta}
+        if self._reference.sha256 is not None:
+            facts["reference_sha256"] = self._reference.sha256
+        return {"preference": facts}
+
+    def with_model(
+        self, examples: ExampleSet, model: PreTrainedModel, method: Method, facts: dict[str, Any]
+    ) -> ExampleSet:
+        """The examples with what the reference gives their answers, if that is to be cached."""
+        config = self._config
+        if not config.preference.cache_reference:
+            return examples
+        learner = self.bind(model, method, fresh=False)
+
+        def compute(judged: Sequence[Judged]) -> Tensor:
+            batch = self._collator(judged)
+            return learner.reference({k: v.to(model.device) for k, v in batch.items()})
+
+        return cached_reference(
+            cast(PreferenceExamples, examples),
+            {**facts, "reference": self._reference.sha256 or BASE},
+            compute,
+            batch_size=config.train.eval_batch_size or config.train.batch_size,
+        )
 
     def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> PreferenceLearner:
         """The loss on this model."""
@@ -116,7 +155,10 @@ class PreferenceObjective:
             method,
             task=self._config.task,
             options=self._config.preference,
-            begins_at_reference=fresh and method.name not in _CHANGE_AT_ONCE,
+            reference=None if self._reference.adapter is None else REFERENCE,
+            begins_at_reference=fresh
+            and self._reference.is_start
+            and method.name not in _CHANGE_AT_ONCE,
         )
 
 
@@ -137,13 +179,14 @@ class _Answers:
 
 
 class PreferenceLearner:
-    """The loss of a policy beside its reference: the same model with the method switched off.
+    """The loss of a policy beside its reference: the same model with another adapter, or none.
 
     Args:
         model: with the method attached; trained in place by whoever steps.
         method: what is trained.
         task: dpo, orpo or kto.
         options: beta and the like.
+        reference: the adapter's name on the model; None for the model with the method switched off.
         begins_at_reference: whether the first batch must find policy and reference the same.
     """
 
@@ -154,6 +197,7 @@ class PreferenceLearner:
         *,
         task: str,
         options: PreferenceSection,
+        reference: str | None,
         begins_at_reference: bool,
     ) -> None:
         self.label_head = LabelHead(model)
@@ -161,6 +205,7 @@ class PreferenceLearner:
         self._method = method
         self._task = task
         self._options = options
+        self._named = reference
         self._to_check = begins_at_reference and task != "orpo"
 
     def loss(self, inputs: Inputs, *, num_items: Tensor | None, label_smoothing: float) -> Tensor:
@@ -233,7 +278,7 @@ class PreferenceLearner:
 
     def _answers(self, inputs: Inputs) -> _Answers:
         batch = _model_inputs(inputs)
-        reference = None if self._task == "orpo" else self._reference(batch)
+        reference = None if self._task == "orpo" else self.reference(inputs)
         num_rows = len(batch["labels"])
         num_tokens = (batch["labels"][:, 1:] != IGNORED).sum(1)
         if self._task == "kto" and torch.is_grad_enabled():
@@ -252,9 +297,13 @@ class PreferenceLearner:
             mismatched = _logps(self.label_head.logits(parts[1]), half)
         return torch.cat([_logps(self.label_head.logits(parts[0]), half), mismatched])
 
-    def _reference(self, batch: dict[str, Tensor]) -> Tensor:
-        """(answers,) without gradient and without dropout."""
-        with torch.no_grad(), evaluating(self._model), self._method.disabled(self._model):
+    def reference(self, inputs: Inputs) -> Tensor:
+        """(answers,) in nats, without gradient and without dropout; known already, or computed."""
+        if "reference" in inputs:
+            return inputs["reference"]
+        batch, model = _model_inputs(inputs), self._model
+        off = self._method.disabled(model) if self._named is None else use(model, self._named)
+        with torch.no_grad(), evaluating(model), off:
             return _logps(self.label_head.logits(batch), len(batch["labels"]))
 
     def _check_start(self, inputs: Inputs) -> None:
@@ -268,7 +317,7 @@ class PreferenceLearner:
         with torch.no_grad(), evaluating(self._model):
             policy = _logps(self.label_head.logits(batch), len(batch["labels"]))
         num_tokens = (batch["labels"][:, 1:] != IGNORED).sum(1).to(policy.device)
-        distance = float(((policy - self._reference(batch)).abs() / num_tokens).max())
+        distance = float(((policy - self.reference(inputs)).abs() / num_tokens).max())
         half = torch.is_autocast_enabled(policy.device.type) or any(
             p.dtype != torch.float32 for p in self._model.parameters()
         )

@@ -86,6 +86,12 @@ class SftObjective:
         """Nothing: an adapter without a task answers."""
         return {}
 
+    def with_model(
+        self, examples: ExampleSet, model: PreTrainedModel, method: Method, facts: dict[str, Any]
+    ) -> ExampleSet:
+        """The examples as they are."""
+        return examples
+
     def bind(self, model: PreTrainedModel, method: Method, *, fresh: bool) -> SftLearner:
         """The loss on this model."""
         return SftLearner(model)
