@@ -12,7 +12,7 @@ PRESENT = $(wildcard $(CODE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-paper bench-train bench-gpu clean
+.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-paper bench-train bench-serve bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ bench-train: setup  ## training speed against PEFT and TRL (needs minutes): make
 	$(BIN)/python benchmarks/train_speed.py --data $(DATA)
 	$(BIN)/python benchmarks/train_means.py --data $(DATA)
 	$(BIN)/python benchmarks/train_speed.py --data $(DATA) --profile
+
+bench-serve: setup  ## serving many adapters against the base, PEFT and transformers (nine minutes)
+	$(BIN)/python benchmarks/serve.py
 
 bench-gpu: setup  ## a Llama-3-8B shape on one GPU, against PEFT with and without Liger
 	$(BIN)/python benchmarks/train_gpu.py

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import random
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from lorakit.adapters.attach import attach, detach
@@ -25,90 +20,82 @@ from lorakit.serve.request import GenerateRequest, SamplingOptions
 from lorakit.serve.row import Row
 from lorakit.serve.sampler import RowSampler
 from lorakit.serve.served import ServedAdapter, served_form
+from serve_rounds import Bench, pretend_learned, ratios, sharing, spread
 
 NUM_ROWS = 8
 PREFILL = 64
 CONTEXT = 64
+WARM_UP = 2  # rounds that are not counted
+PEFT_NAMES = [f"k{i}" for i in range(NUM_ROWS)]
+
+OVER = {
+    "adapters": "base",
+    "changing": "base",
+    "one adapter": "base",
+    "peft": "transformers",
+    "base": "transformers",
+}
 
 
-def step_part(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    first = _random_adapter(model, "k0")
-    adapters = [first, *(_like(first, f"k{i}", seed=i) for i in range(1, NUM_ROWS))]
-    peft_model = _peft_model(_sharing(model))
-    ours = _sharing(model)
+def decode_section(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One decode step of 8 rows behind a context each."""
+    model = bench.model
+    adapters = _adapters(model)
     calls = {
-        "decode": {
-            "base": _decoder(_sharing(model), tokenizer, [None] * NUM_ROWS),
-            "adapters": _decoder(ours, tokenizer, adapters),
-            "changing": _decoder(_sharing(model), tokenizer, adapters, changing=True),
-            "one adapter": _decoder(_sharing(model), tokenizer, adapters[:1] * NUM_ROWS),
-            "transformers": _hf_decoder(_sharing(model), None),
-            "peft": _hf_decoder(peft_model, [f"k{i}" for i in range(NUM_ROWS)]),
-        },
-        "prefill": {
-            "base": _prefiller(_sharing(model), tokenizer, [None] * NUM_ROWS),
-            "adapters": _prefiller(_sharing(model), tokenizer, adapters),
-            "transformers": _hf_prefiller(_sharing(model), None),
-            "peft": _hf_prefiller(peft_model, [f"k{i}" for i in range(NUM_ROWS)]),
-        },
+        "base": _decoder(bench, [None] * NUM_ROWS),
+        "adapters": _decoder(bench, adapters),
+        "changing": _decoder(bench, adapters, changing=True),
+        "one adapter": _decoder(bench, adapters[:1] * NUM_ROWS),
+        "transformers": _hf_decoder(bench, sharing(model), None),
+        "peft": _hf_decoder(bench, _peft_model(sharing(model)), PEFT_NAMES),
     }
-    over = {
-        "adapters": "base",
-        "changing": "base",
-        "one adapter": "base",
-        "peft": "transformers",
-        "base": "transformers",
+    yield from _compare(bench, calls, {"context": CONTEXT})
+
+
+def prefill_section(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Eight prompts of 64 tokens in one pass."""
+    model = bench.model
+    calls = {
+        "base": _prefiller(bench, [None] * NUM_ROWS),
+        "adapters": _prefiller(bench, _adapters(model)),
+        "transformers": _hf_prefiller(bench, sharing(model), None),
+        "peft": _hf_prefiller(bench, _peft_model(sharing(model)), PEFT_NAMES),
     }
-    return {
-        "rows": NUM_ROWS,
-        "r": 8,
-        "targets": "all-linear",
-        "context": CONTEXT,
-        "decode": _compare(calls["decode"], over, args),
-        "prefill_8x64": _compare(calls["prefill"], over, args),
-    }
+    yield from _compare(bench, calls, {"prompt": PREFILL})
+
+
+def _adapters(model: Any) -> list[ServedAdapter | None]:
+    first = _random_adapter(model, "k0")
+    return [first, *(_like(first, f"k{i}", seed=i) for i in range(1, NUM_ROWS))]
 
 
 def _compare(
-    calls: dict[str, Callable[[], None]], over: dict[str, str], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Median times of each call, and of its ratio to another one of the same round.
+    bench: Bench, calls: dict[str, Callable[[], None]], facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Times of each call, and of its ratio to another one of the same round.
 
     CPU seconds are given beside those of the clock: they hold where others use the machine too.
     """
-    order, rounds, seconds = random.Random(args.seed), args.rounds, args.seconds
-    times_of: dict[str, list[float]] = {name: [] for name in calls}
-    cpu_of: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        until = time.monotonic() + seconds
-        for index in range(rounds + 2):
-            if time.monotonic() > until and index > 4:
-                break
-            for name in order.sample(sorted(calls), len(calls)):
-                start, cpu = time.perf_counter(), time.process_time()
+    order = random.Random(bench.seed)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    for index in bench.rounds(at_least=WARM_UP + 1, at_most=60):
+        for name in order.sample(sorted(calls), len(calls)):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            with torch.inference_mode():
                 calls[name]()
-                if index >= 2:  # the first rounds warm up
-                    times_of[name].append(time.perf_counter() - start)
-                    cpu_of[name].append(time.process_time() - cpu)
-    found: dict[str, Any] = {"rounds": len(times_of["base"])}
-    for name, times in times_of.items():
-        entry: dict[str, Any] = {
-            "median_ms": round(1000 * statistics.median(times), 2),
-            "median_cpu_ms": round(1000 * statistics.median(cpu_of[name]), 2),
-        }
-        other = over.get(name, "")
-        if other in times_of:
-            entry[f"over_{other}"] = _ratio(times, times_of[other])
-            entry[f"cpu_over_{other}"] = _ratio(cpu_of[name], cpu_of[other])
-        found[name] = entry
-    print(json.dumps(found), flush=True)
-    return found
-
-
-def _ratio(times: list[float], others: list[float]) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(times, others, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {"median": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
+            if index >= WARM_UP:
+                times[name].append(time.perf_counter() - start)
+                cpu[name].append(time.process_time() - cpu_start)
+        if index >= WARM_UP:
+            found: dict[str, Any] = {"rows": NUM_ROWS, "r": 8, "targets": "all-linear", **facts}
+            for name in calls:
+                found[name] = {"ms": spread([1000 * t for t in times[name]], 1)}
+                other = OVER.get(name)
+                if other is not None:
+                    found[name][f"over_{other}"] = ratios(times[name], times[other])
+                    found[name][f"cpu_over_{other}"] = ratios(cpu[name], cpu[other])
+            yield found
 
 
 def _row(tokenizer: Any, prompt: list[int], name: str, served: ServedAdapter | None) -> Row:
@@ -127,12 +114,13 @@ def _row(tokenizer: Any, prompt: list[int], name: str, served: ServedAdapter | N
 
 
 def _decoder(
-    model: Any, tokenizer: Any, adapters: list[ServedAdapter | None], *, changing: bool = False
+    bench: Bench, adapters: list[ServedAdapter | None], *, changing: bool = False
 ) -> Callable[[], None]:
     """Steps of 8 rows behind a context of their own."""
+    model = sharing(bench.model)
     batch = PackedBatch(ServedModel(model), model, max_rows=NUM_ROWS, chunk=512)
     for i, adapter in enumerate(adapters):
-        batch.add(_row(tokenizer, random_prompt(CONTEXT, i), f"r{i}", adapter))
+        batch.add(_row(bench.tokenizer, bench.prompt(CONTEXT, i), f"r{i}", adapter))
     steps = 0
 
     def step() -> None:
@@ -152,15 +140,14 @@ def _decoder(
     return step
 
 
-def _prefiller(
-    model: Any, tokenizer: Any, adapters: list[ServedAdapter | None]
-) -> Callable[[], None]:
+def _prefiller(bench: Bench, adapters: list[ServedAdapter | None]) -> Callable[[], None]:
+    model = sharing(bench.model)
     served = ServedModel(model)
 
     def step() -> None:
         batch = PackedBatch(served, model, max_rows=NUM_ROWS, chunk=512)
         for i, adapter in enumerate(adapters):
-            batch.add(_row(tokenizer, random_prompt(PREFILL, i), f"r{i}", adapter))
+            batch.add(_row(bench.tokenizer, bench.prompt(PREFILL, i), f"r{i}", adapter))
         with batch.mode():
             batch.step(lambda row, choice: row.generated.append(choice.token))  # type: ignore[union-attr]
         assert len(batch._answering) == NUM_ROWS
@@ -168,8 +155,8 @@ def _prefiller(
     return step
 
 
-def _hf_decoder(model: Any, names: list[str] | None) -> Callable[[], None]:
-    ids = torch.tensor([random_prompt(CONTEXT, i) for i in range(NUM_ROWS)])
+def _hf_decoder(bench: Bench, model: Any, names: list[str] | None) -> Callable[[], None]:
+    ids = torch.tensor([bench.prompt(CONTEXT, i) for i in range(NUM_ROWS)])
     given = {} if names is None else {"adapter_names": names}
     state: dict[str, Any] = {}
 
@@ -186,8 +173,8 @@ def _hf_decoder(model: Any, names: list[str] | None) -> Callable[[], None]:
     return step
 
 
-def _hf_prefiller(model: Any, names: list[str] | None) -> Callable[[], None]:
-    ids = torch.tensor([random_prompt(PREFILL, i) for i in range(NUM_ROWS)])
+def _hf_prefiller(bench: Bench, model: Any, names: list[str] | None) -> Callable[[], None]:
+    ids = torch.tensor([bench.prompt(PREFILL, i) for i in range(NUM_ROWS)])
     given = {} if names is None else {"adapter_names": names}
     return lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
 
@@ -222,22 +209,3 @@ def _like(adapter: ServedAdapter, key: str, *, seed: int) -> ServedAdapter:
         for name, site in adapter.sites.items()
     }
     return ServedAdapter(key, sites)
-
-
-def pretend_learned(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-
-
-def _sharing(model: Any) -> Any:
-    """A second tree of modules around the same parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def random_prompt(length: int, seed: int) -> list[int]:
-    drawn = random.Random(seed)
-    return [drawn.randrange(1000, 40_000) for _ in range(length)]

@@ -1,4 +1,8 @@
-"""Listen, answer, and stop in order: on SIGTERM no new requests, those under way are finished."""
+"""Listen, answer, and stop in order.
+
+The first SIGTERM or Ctrl-C: no new requests, those under way are finished. The second: those are
+cut off, and their clients told so. The third, or a second later: connections are closed.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from lorakit.serve.logs import log, start_logs
 from lorakit.serve.service import Service
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# For clients that read, to be told that their answers were cut off.
+_LAST_WORDS_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +77,7 @@ def run_server(
     *,
     on_ready: Callable[[], None],
 ) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what is under way; a second signal ends at once.
+    """Answer until SIGTERM or Ctrl-C, then finish what is under way; a second signal cuts it off.
 
     Args:
         service: its engine is started.
@@ -112,17 +118,35 @@ class _Server(uvicorn.Server):
         self._service = service
         self._on_ready = on_ready
         self._drain_s = drain_s
+        self._num_signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stats = self._service.engine.stats()
+        under_way = stats.running + stats.waiting
+        if under_way:
+            facts = {"under_way": under_way, "at_most_s": self._drain_s}
+            log("stopping", {**facts, "second_signal": "cuts them off"})
         deadline = asyncio.get_running_loop().call_later(self._drain_s, self._service.cut_off)
         try:
             await super().shutdown(sockets)
         finally:
             deadline.cancel()
+
+    def _cut_off(self) -> None:
+        self._service.cut_off()
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, self._close)
+
+    def _close(self) -> None:
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -138,6 +162,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.draining = True
-        if self.should_exit:
-            self.force_exit = True
         self.should_exit = True
+        self._num_signals += 1
+        if self._num_signals > 1 and self._loop is not None:
+            hurry = self._cut_off if self._num_signals == 2 else self._close
+            self._loop.call_soon_threadsafe(hurry)
