@@ -94,17 +94,21 @@ async def stream(soak: Soak, seed: int) -> None:
     while not soak.over:
         leave = drawn.random() < 0.25
         body = {**soak.body(drawn), "stream": True}
-        start, times, text = time.monotonic(), [], ""
+        start, times, text, error = time.monotonic(), [], "", ""
         async with soak.client.stream("POST", "/v1/completions", json=body) as answer:
             if await refused(soak, answer):
                 continue
             async for line in answer.aiter_lines():
                 if '"text":"' in line:
                     times.append(time.monotonic() - start)
+                if line.startswith('data: {"error"'):
+                    error = line
                 text = line or text
                 if leave and len(times) > 2:
                     break
-        if leave:
+        if error:
+            soak.seen.fail(f"a stream: {error[:200]}")
+        elif leave:
             soak.seen.counts["left"] += 1
         elif text != "data: [DONE]" or not times:
             soak.seen.fail(f"a stream ended with {text[:200]}")

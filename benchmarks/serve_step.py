@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from lorakit.adapters.attach import attach, detach
@@ -79,7 +80,7 @@ def _compare(
     order = random.Random(bench.seed)
     times: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
-    for index in bench.rounds(at_least=WARM_UP + 1, at_most=60):
+    for index in bench.rounds(at_least=WARM_UP + 3, at_most=60):
         for name in order.sample(sorted(calls), len(calls)):
             start, cpu_start = time.perf_counter(), time.process_time()
             with torch.inference_mode():
@@ -180,8 +181,6 @@ def _hf_prefiller(bench: Bench, model: Any, names: list[str] | None) -> Callable
 
 
 def _peft_model(model: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     wrapped = get_peft_model(model, config, adapter_name="k0")
     for i in range(1, NUM_ROWS):

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     console.note(f"loading {args.model}")
     server.serve(
         _settings(args, server),
-        on_ready=lambda service, url: _say_ready(service, url, as_json=args.json),
+        on_ready=lambda service, url: say_ready(service, url, as_json=args.json),
     )
     return 0
 
@@ -166,11 +166,15 @@ def _settings(args: argparse.Namespace, server: ModuleType) -> ServeSettings:
     )
 
 
-def _say_ready(service: Service, url: str, *, as_json: bool) -> None:
+def say_ready(service: Service, url: str, *, as_json: bool) -> None:
+    """Print what is served and where, and warn of what is not; reads configurations only."""
     infos = service.engine.pool.list()
     refused = {info.name: info.problem for info in infos if info.problem is not None}
     for name, problem in refused.items():
         console.warn(f"the adapter {name} is not served: {problem}")
+    directory = service.options.adapters_dir
+    if directory is not None and not infos:
+        console.warn(_no_adapters(directory))
     names = [info.name for info in infos if info.problem is None]
     if as_json:
         record = {"url": url, "model": service.options.name, "adapters": names, "refused": refused}
@@ -178,6 +182,13 @@ def _say_ready(service: Service, url: str, *, as_json: bool) -> None:
         return
     adapters = "1 adapter" if len(names) == 1 else f"{len(names):,} adapters"
     console.print_text(f"serving {service.options.name} and {adapters} on {url}")
+
+
+def _no_adapters(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return f"{directory} is an adapter itself, so none is served: give the directory above it"
+    wanted = "a directory with adapter_config.json, or with `adapter` in it as training leaves it"
+    return f"there are no adapters in {directory}: each is {wanted}"
 
 
 def _server() -> ModuleType:
