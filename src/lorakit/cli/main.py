@@ -29,6 +29,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),
     "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
     "compare": ("lorakit.cli.compare", "compare methods on one task under one budget"),
+    "sweep": (
+        "lorakit.cli.sweep",
+        "train many adapters over one base in one batch, and keep the best",
+    ),
     "compose": ("lorakit.cli.compose", "compose several adapters into one"),
     "convert": (
         "lorakit.cli.convert",

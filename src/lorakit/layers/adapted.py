@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.fused import fused_forward
+from lorakit.layers.fused import Span, fused_forward, fused_rows
 from lorakit.layers.inference import added_in_place
 from lorakit.layers.kinds import LayerKind
 from lorakit.layers.low_rank import Branch
-from lorakit.layers.routing import Routing, row_groups
+from lorakit.layers.routing import Routing, row_groups, row_spans
 from lorakit.weights.storage import base_weight
 
 
@@ -94,6 +94,14 @@ class AdaptedLayer(Wrapper):
         if x.shape[0] == 1 and len(rows) > 1:
             # Position ids are looked up once for all rows; with an adapter per row they differ.
             x = x.expand(len(rows), *x.shape[1:])
+        spans = row_spans(rows, x.shape[0], self.name)
+        # Many short stretches are gathered by name instead.
+        if len(spans) <= len({name for name, _, _ in spans}):
+            found = ((self.branch_of(name), start, stop) for name, start, stop in spans)
+            own = [Span(branch, a, b) for branch, a, b in found if branch is not None]
+            fused = fused_rows(self.base, own, x) if own else self.base(x)
+            if fused is not None:
+                return fused
         y = self.base(x)
         for name, indices in row_groups(rows, x.shape[0], self.name).items():
             branch = self.branch_of(name)

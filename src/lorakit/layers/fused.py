@@ -12,6 +12,7 @@ saved once, serves both factors:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +31,44 @@ _ORDINARY = ("Parameter", "FakeTensor")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One product: its scaling, and the output rows [start, stop) that it owns."""
+    """One product: its scaling, and what of the layer's output it owns.
+
+    Attributes:
+        scaling: s.
+        start: the first of its output rows.
+        stop: the one behind the last.
+        first: the first entry (token of a row) of the batch that it runs for.
+        last: the one behind the last; None: to the end.
+    """
 
     scaling: float
     start: int
     stop: int
+    first: int = 0
+    last: int | None = None
+
+    def at(self, x: Tensor) -> Tensor:
+        """The part's entries of an input (n, in): a view."""
+        return x[self.first : self.last]
 
     def of(self, y: Tensor) -> Tensor:
-        """The part's columns of an output (n, out): a view."""
-        return y[:, self.start : self.stop]
+        """The part's entries and columns of an output (n, out): a view."""
+        return y[self.first : self.last, self.start : self.stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows of a batch, one behind the other, and what one adapter does for them.
+
+    Attributes:
+        branch: the adapter's part of this layer.
+        start: the first index of the batch's first axis.
+        stop: the one behind the last.
+    """
+
+    branch: Branch
+    start: int
+    stop: int
 
 
 def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
@@ -49,23 +79,46 @@ def fused_forward(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
         branch: what the adapter does there.
         x: the layer's input.
     """
+    return _fused(base, [(branch, 0, None)], x)
+
+
+def fused_rows(base: nn.Module, spans: Sequence[Span], x: Tensor) -> Tensor | None:
+    """The layer's whole output with each span's updates, or None where it cannot be fused.
+
+    The base's product is computed once for all rows.
+
+    Args:
+        base: the frozen layer.
+        spans: which rows have which updates; rows of none have the base alone.
+        x: the layer's input, rows on the first axis.
+    """
+    each = x.shape[1:-1].numel()
+    return _fused(base, [(s.branch, s.start * each, s.stop * each) for s in spans], x)
+
+
+def _fused(
+    base: nn.Module, owners: Sequence[tuple[Branch, int, int | None]], x: Tensor
+) -> Tensor | None:
+    """See `fused_rows`; entries (tokens) in place of rows."""
     frozen = frozen_parameters(base)
-    if frozen is None or branch.bias is not None or not x.is_floating_point():
+    if frozen is None or not x.is_floating_point() or not all(_fusable(o[0]) for o in owners):
         return None
     parts: list[Part] = []
     factors: list[Tensor] = []
-    for update in branch.updates():
-        rows = update.rows
-        if not update.fusable:
-            return None
-        if rows is not None and rows.count != 1:
-            return None
-        start = 0 if rows is None else rows.start
-        for A, B, scaling in update.pairs():
-            parts.append(Part(scaling, start, start + B.shape[0]))
-            factors += [A, B]
+    for branch, first, last in owners:
+        for update in branch.updates():
+            start = 0 if update.rows is None else update.rows.start
+            for A, B, scaling in update.pairs():
+                parts.append(Part(scaling, start, start + B.shape[0], first, last))
+                factors += [A, B]
     weight, bias = frozen
     return adapted_linear(x, weight, bias, tuple(parts), factors)
+
+
+def _fusable(branch: Branch) -> bool:
+    if branch.bias is not None:
+        return False
+    return all(u.fusable and (u.rows is None or u.rows.count == 1) for u in branch.updates())
 
 
 def frozen_parameters(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -126,7 +179,7 @@ class _AdaptedLinear(torch.autograd.Function):
         kept: list[Tensor] = []
         for part, stored_A, stored_B in zip(parts, factors[::2], factors[1::2], strict=True):
             down, up = stored_A.to(x.dtype), stored_B.to(x.dtype)
-            h = flat @ down.T
+            h = part.at(flat) @ down.T
             part.of(y).addmm_(h, up.T, alpha=part.scaling)
             kept += [down, up, h]
         ctx.save_for_backward(flat, weight, *kept)
@@ -150,8 +203,8 @@ class _AdaptedLinear(torch.autograd.Function):
             mine = part.of(dy)
             g = (mine @ up).mul_(part.scaling)
             if dx is not None:
-                dx.addmm_(g, down)
-            grad_A = (g.T @ x).to(ctx.dtypes[2 * i]) if needs[4 + 2 * i] else None
+                part.at(dx).addmm_(g, down)
+            grad_A = (g.T @ part.at(x)).to(ctx.dtypes[2 * i]) if needs[4 + 2 * i] else None
             grad_B = None
             if needs[5 + 2 * i]:
                 # As h^T dy and not dy^T h: the narrow factor is the one to be transposed.

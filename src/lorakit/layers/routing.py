@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -58,6 +59,36 @@ def row_groups(rows: Sequence[str | None], batch: int, where: str) -> dict[str, 
     Raises:
         StateError: the batch is not a multiple of the number of rows.
     """
+    block = _block(rows, batch, where)
+    groups: dict[str, list[int]] = {}
+    for i, name in enumerate(rows):
+        if name is not None:
+            groups.setdefault(name, []).extend(range(i * block, (i + 1) * block))
+    return {name: torch.tensor(indices) for name, indices in groups.items()}
+
+
+def row_spans(rows: Sequence[str | None], batch: int, where: str) -> list[tuple[str, int, int]]:
+    """The stretches of the batch that one named adapter owns, as `row_groups` counts them.
+
+    Returns:
+        (name, first index of the first axis, the one behind the last), ascending.
+
+    Raises:
+        StateError: the batch is not a multiple of the number of rows.
+    """
+    block = _block(rows, batch, where)
+    spans: list[tuple[str, int, int]] = []
+    start = 0
+    for name, run in groupby(rows):
+        stop = start + block * len(list(run))
+        if name is not None:
+            spans.append((name, start, stop))
+        start = stop
+    return spans
+
+
+def _block(rows: Sequence[str | None], batch: int, where: str) -> int:
+    """Entries of the first axis per row."""
     if batch % len(rows):
         raise StateError(
             "the batch does not have one adapter per row",
@@ -66,12 +97,7 @@ def row_groups(rows: Sequence[str | None], batch: int, where: str) -> dict[str, 
             found=str(batch),
             remedy="name one adapter (or None) per row of the batch",
         )
-    block = batch // len(rows)
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(rows):
-        if name is not None:
-            groups.setdefault(name, []).extend(range(i * block, (i + 1) * block))
-    return {name: torch.tensor(indices) for name, indices in groups.items()}
+    return batch // len(rows)
 
 
 class RowSegment(Protocol):

@@ -12,9 +12,10 @@ forward is used from then on, with a warning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from lorakit.layers.chunked_loss import chunked_cross_entropy
 from lorakit.layers.fused import frozen_parameters
 from lorakit.layers.prefix import prompts_before
 from lorakit.models.head_watch import HeadWatch, Selection
+from lorakit.models.logits_agree import agree, difference
+from lorakit.models.loss_share import LossShare
 from lorakit.models.packing import PackedBatch, drops, pack_batch, takes_packed
 from lorakit.models.row_threads import row_groups, sum_of_groups
 
@@ -39,10 +42,6 @@ Batch = Mapping[str, Tensor]
 FrozenHead = tuple[Tensor, Tensor | None]
 
 _CHECKED_ROWS = 2
-_FULL_PRECISION_TOLERANCE = 1e-4
-# Two orders of summation in bfloat16 leave SmolLM2's logits 4 % apart at the worst position, wrong
-# positions 33 %, a token that sees the next one 80 %.
-_HALF_PRECISION_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +136,27 @@ class LabelHead:
         if num_items is None:
             return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+    def losses(self, batch: Batch, shares: Sequence[LossShare]) -> list[Tensor]:
+        """`loss` of the rows of each share on its own, from one forward pass of the whole batch.
+
+        Args:
+            batch: as `loss` takes it.
+            shares: which rows, in the order of the batch; together all of them.
+
+        Raises:
+            DataError: the batch has no labels entry.
+        """
+        mask, _ = self._asked(batch)
+        head = frozen_parameters(self._head) if self._plain_head and not self._full else None
+        found = None if head is None else self._hidden(batch)
+        if found is None:
+            labels, head = self.logits(batch), None
+            found = labels.logits, labels.targets
+        counts = iter(mask.sum(1).tolist())
+        sizes = [sum(islice(counts, share.num_rows)) for share in shares]
+        parts = zip(shares, *(tensor.split(sizes) for tensor in found), strict=True)
+        return [share.loss(states, targets, head) for share, states, targets in parts]
 
     def _total(self, batch: Batch, head: FrozenHead | None, label_smoothing: float) -> Tensor:
         """The cross-entropy summed over the labels; without logits where `head` is plain."""
@@ -256,21 +276,21 @@ class LabelHead:
         with torch.no_grad(), evaluating(self._model):
             whole = self._whole(part, mask[rows])
             short = self._selected(part, mask[rows])
-            if self._packs and (short is None or not _agree(short, whole)):
+            if self._packs and (short is None or not agree(short, whole)):
                 self._packs = False
                 self._warn_unpacked(short, whole)
                 short = self._selected(part, mask[rows])
         self._checked = True
         if short is None:
             self._fall_back("its head does not see one hidden state per position")
-        elif not _agree(short, whole):
-            self._fall_back(f"its logits differ by up to {_difference(short, whole):.2g}")
+        elif not agree(short, whole):
+            self._fall_back(f"its logits differ by up to {difference(short, whole):.2g}")
 
     def _warn_unpacked(self, short: Tensor | None, whole: Tensor) -> None:
         why = (
             "its head does not see one hidden state per token"
             if short is None
-            else f"its logits would differ by up to {_difference(short, whole):.2g}"
+            else f"its logits would differ by up to {difference(short, whole):.2g}"
         )
         warnings.warn(
             f"{type(self._model).__name__} computes every row of a batch padded to the longest, "
@@ -346,34 +366,6 @@ def _decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
         )
     shifted = F.pad(labels[:, :-1], (1, 0), value=start)
     return shifted.masked_fill(shifted == IGNORED, pad)
-
-
-def _agree(short: Tensor, whole: Tensor) -> bool:
-    """Whether (n, vocabulary) logits are the same but for the order of their sums.
-
-    In half precision the noise of a position is spread over all its logits, and one of them is far
-    out somewhere; so each position is taken as a whole, by the norm of what differs.
-    """
-    half = whole.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(
-        whole.device.type
-    )
-    short, whole = short.float(), whole.float()
-    if not half:
-        scale = max(1.0, whole.abs().max().item())
-        bound = _FULL_PRECISION_TOLERANCE * scale
-        return torch.allclose(short, whole, rtol=0.0, atol=bound, equal_nan=True)
-    if not torch.equal(short.isfinite(), whole.isfinite()):
-        return False
-    short, whole = short.nan_to_num(0.0, 0.0, 0.0), whole.nan_to_num(0.0, 0.0, 0.0)
-    # A softmax does not see what all logits of a position have in common.
-    spread = (whole - whole.mean(-1, keepdim=True)).norm(dim=-1)
-    apart = short - whole
-    apart = (apart - apart.mean(-1, keepdim=True)).norm(dim=-1)
-    return bool((apart <= _HALF_PRECISION_TOLERANCE * spread.clamp(min=1.0)).all())
-
-
-def _difference(short: Tensor, whole: Tensor) -> float:
-    return (short.float() - whole.float()).abs().max().item()
 
 
 @contextmanager

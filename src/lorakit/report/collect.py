@@ -1,8 +1,8 @@
 """Gather the records a run left in its directory into one report.
 
 Read, where they exist: run.json (training), metrics.jsonl (losses), result.json (a demo),
-eval.json (an evaluation), merge.json (a merge; here or one directory below), or compare.json (a
-comparison of methods, which stands alone). Every dict that maps
+eval.json (an evaluation), merge.json (a merge; here or one directory below), or, each of which
+stands alone, compare.json (a comparison of methods) and sweep.json (a sweep). Every dict that maps
 systems to metrics to estimates becomes the comparison; everything that is not shown elsewhere is
 listed under the details.
 """
@@ -19,9 +19,11 @@ from lorakit.report.methods import methods_report
 from lorakit.report.ranks import rank_section
 from lorakit.report.schema import Curve, Report
 from lorakit.report.sections import certificate, comparison, details, samples, tiles
+from lorakit.report.sweeps import sweep_report
 
 # In this order: where two records bring a section, the first one counts.
 COMPARISON = "compare.json"
+SWEEP = "sweep.json"
 _RECORDS = ("result.json", "run.json", "eval.json")
 
 
@@ -40,6 +42,8 @@ def collect(directory: str | Path) -> Report:
         )
     if (directory / COMPARISON).is_file():
         return methods_report(_read(directory / COMPARISON))
+    if (directory / SWEEP).is_file():
+        return sweep_report(_read(directory / SWEEP))
     records = {name: _read(directory / name) for name in _RECORDS if (directory / name).is_file()}
     curve = read_curve(directory / "metrics.jsonl")
     merges = [file for file in _merge_files(directory) if file.is_file()]
@@ -47,7 +51,7 @@ def collect(directory: str | Path) -> Report:
         raise RequestError(
             "the directory holds no record of a run",
             where=str(directory),
-            expected=f"{', '.join(_RECORDS)}, {COMPARISON}, metrics.jsonl or merge.json",
+            expected=f"{', '.join(_RECORDS)}, {COMPARISON}, {SWEEP}, metrics.jsonl or merge.json",
             remedy="give the output directory of a run",
         )
     report = _from_records(directory, records)

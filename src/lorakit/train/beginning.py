@@ -92,7 +92,7 @@ def _require_plain(lora: LoraSpec) -> None:
 
 
 def begin_lora(
-    beginnings: Beginnings, spec: LoraSpec, *, lora_plus_ratio: float | None
+    beginnings: Beginnings, spec: LoraSpec, *, name: str, lora_plus_ratio: float | None
 ) -> LoraMethod:
     """The method lora with its beginning, not attached yet.
 
@@ -109,7 +109,7 @@ def begin_lora(
         adapter = read_named(beginnings.on_top_of, "on_top_of")
         check_beneath(adapter, spec)
         begin = Beginning(adapter, beginnings.on_top_of, beneath=True)
-    return LoraMethod(spec, lora_plus_ratio=lora_plus_ratio, begin=begin)
+    return LoraMethod(spec, name, lora_plus_ratio=lora_plus_ratio, begin=begin)
 
 
 def read_named(path: str, key: str) -> Adapter:

@@ -50,6 +50,15 @@ class RunState:
     num_sessions: int = 1
     stopped_early: bool = False
 
+    def after_step(self, num_tokens: int, num_examples: int, seconds: float) -> RunState:
+        """The state after an optimizer step on so many rows."""
+        return replace(
+            self,
+            num_tokens=self.num_tokens + num_tokens,
+            num_examples=self.num_examples + num_examples,
+            busy_s=self.busy_s + seconds,
+        )
+
     def after_evaluation(
         self, step: int, loss: float, patience: int | None, *, score: float | None = None
     ) -> RunState:

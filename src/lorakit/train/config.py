@@ -301,11 +301,12 @@ class TrainConfig(MethodSections):
                 remedy="change one of them",
             )
 
-    def make_method(self, beside: tuple[str, ...] = ()) -> Method:
+    def make_method(self, beside: tuple[str, ...] = (), *, name: str = "default") -> Method:
         """The chosen method, not attached yet.
 
         Args:
             beside: modules that are trained too, beyond those of `also_train`.
+            name: of a LoRA adapter on the model.
         """
         options = self.options
         if beside:
@@ -313,7 +314,7 @@ class TrainConfig(MethodSections):
         if self.method != LoraMethod.name:
             return build_method(self.method, options)
         spec, ratio = LoraSpec.from_dict(options), self.train.lora_plus_ratio
-        return begin_lora(self.beginnings, spec, lora_plus_ratio=ratio)
+        return begin_lora(self.beginnings, spec, name=name, lora_plus_ratio=ratio)
 
     @property
     def beginnings(self) -> Beginnings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorakit.errors import ConfigError, nearest
@@ -25,9 +25,7 @@ def apply_overrides(
         ConfigError: an override without "=", a name that is unknown or fits several keys, a value
             that is not YAML.
     """
-    result: dict[str, Any] = copy.deepcopy(dict(values))
-    aliases = _aliases(cls)
-    names = [leaf.name for leaf in schema.leaves(cls)]
+    pairs: list[tuple[str, Any]] = []
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals or not name.strip():
@@ -36,9 +34,39 @@ def apply_overrides(
                 where=override,
                 expected="key=value, for example train.lr=1e-4",
             )
-        full = _resolve(name.strip(), names, aliases, section=str(result.get("method", "lora")))
-        _put(result, full.split("."), parse_value(text, where=override), aliases)
+        pairs.append((name.strip(), parse_value(text, where=override)))
+    return put_values(cls, values, pairs)
+
+
+def put_values(
+    cls: type, values: Mapping[str, Any], pairs: Iterable[tuple[str, Any]]
+) -> dict[str, Any]:
+    """A copy of the values of a config of class `cls` with these (name, value) put in.
+
+    Raises:
+        ConfigError: a name that is unknown or fits several keys.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(values))
+    aliases = _aliases(cls)
+    names = [leaf.name for leaf in schema.leaves(cls)]
+    for name, value in pairs:
+        full = _resolve(name, names, aliases, section=_section(result))
+        _put(result, full.split("."), value, aliases)
     return result
+
+
+def full_name(cls: type, values: Mapping[str, Any], name: str) -> str:
+    """The full name of the key that a name of `apply_overrides` stands for.
+
+    Raises:
+        ConfigError: it is unknown or fits several keys.
+    """
+    names = [leaf.name for leaf in schema.leaves(cls)]
+    return _resolve(name, names, _aliases(cls), section=_section(values))
+
+
+def _section(values: Mapping[str, Any]) -> str:
+    return str(values.get("method", "lora"))
 
 
 def _aliases(cls: type) -> dict[str, str]:

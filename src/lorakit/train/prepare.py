@@ -37,8 +37,8 @@ from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
 from lorakit.train.context import require_context
 from lorakit.train.objectives.base import ExampleSet, Objective
 from lorakit.train.objectives.registry import build_objective
+from lorakit.train.steps import steps_per_epoch
 from lorakit.train.storage import require_storage
-from lorakit.train.trainer import steps_per_epoch
 from lorakit.weights.storage import storage_of
 
 
@@ -174,22 +174,26 @@ class Preparation:
         return found
 
 
-def prepare(config: TrainConfig) -> Preparation:
+def prepare(config: TrainConfig, *, like: Preparation | None = None) -> Preparation:
     """Read the rows, plan the adapter, estimate the memory; no weights are loaded.
+
+    Args:
+        config: the run.
+        like: a run of the same task on the same rows, whose examples are taken.
 
     Raises:
         ModelError, DataError, TargetError, SpecError: what is asked for is not there or cannot be.
         MemoryPlanError: the run cannot fit.
     """
     require_storage(config, default_device())
-    tokenizer = load_tokenizer(config.model.ref)
-    rows = read_rows(config)
+    tokenizer = like.tokenizer if like else load_tokenizer(config.model.ref)
+    rows = (like.data.train_rows, like.data.validation_rows) if like else read_rows(config)
     objective = build_objective(config, tokenizer, rows[0])
     base = objective.empty_model()
     mark_four_bit(base, config.model.quantize)
     beside = objective.beside(base)
     plan = _plan(base, config, beside)
-    data = _read(rows, objective)
+    data = like.data if like else _read(rows, objective)
     require_context(base, plan, config.method, (data.train, data.validation))
     device = default_device()
     num_base_params = sum(p.numel() for p in base.parameters())
@@ -226,6 +230,15 @@ def prepare(config: TrainConfig) -> Preparation:
         max_steps=config.train.max_steps
         or math.ceil((config.train.epochs or DEFAULT_EPOCHS) * per_epoch),
     )
+
+
+def estimate_batch(config: TrainConfig, prepared: Preparation, batch: BatchShape) -> MemoryEstimate:
+    """The memory of a prepared run if its largest batch were another one."""
+    base = prepared.objective.empty_model()
+    mark_four_bit(base, config.model.quantize)
+    four_bit = holds_four_bit(base)
+    setup = _setup(config, prepared.dtype, prepared.device, four_bit=four_bit)
+    return estimate_training(base, config.make_method(prepared.beside), batch, setup).memory
 
 
 def _setup(

@@ -99,7 +99,12 @@ def run_record(
     lines: list[Line],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of run.json: plain values only."""
+    """The content of run.json: plain values only.
+
+    A run that had others beside it (`facts["beside"]`) shares the memory of its process with them,
+    so that no prediction stands beside a measurement.
+    """
+    beside = facts.get("beside", 0)
     peak_bytes = peak_memory_bytes()
     return {
         "kind": "train",
@@ -125,7 +130,11 @@ def run_record(
             "loaded_bytes": facts["loaded_bytes"],
             "peak_bytes": peak_bytes,
         },
-        "plan": _plan_and_truth(prepared, peak_bytes - facts["process_bytes"], lines),
+        **(
+            {"beside": beside}
+            if beside
+            else {"plan": _plan_and_truth(prepared, peak_bytes - facts["process_bytes"], lines)}
+        ),
         "precision": "bf16" if prepared.bf16 else "fp32",
         "device": prepared.device.type,
         "seed": config.seed,

@@ -17,7 +17,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -31,7 +31,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.optimization import get_scheduler
 from transformers.trainer_callback import DefaultFlowCallback
 
 from lorakit.data.sampling import LengthGroupedSampler
@@ -39,8 +38,16 @@ from lorakit.errors import TrainingError
 from lorakit.methods.base import Method
 from lorakit.train.callbacks import EpochCallback, FiniteGradientCallback
 from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState, load_state, save_state
-from lorakit.train.loaders import ROWS, Collate, training_loader, validation_batches
+from lorakit.train.loaders import ROWS, Collate, training_loader
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Objective, Validated
+from lorakit.train.steps import (
+    StepOptions,
+    autocast,
+    build_optimizer,
+    build_scheduler,
+    steps_per_epoch,
+)
+from lorakit.train.validation import validate, validation_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,29 +82,6 @@ class TrainerParts:
     identity: dict[str, Any]
     saves_method: bool = True
     fresh: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """How the trainer takes a step, beyond transformers' TrainingArguments.
-
-    Attributes:
-        schedule: name of the learning-rate schedule.
-        num_warmup_steps: steps over which the rate rises.
-        label_smoothing: share of the target spread over the vocabulary.
-        bf16: autocast the forward pass to bfloat16.
-        patience: validations without a new best before the run stops, None never.
-        keep_best: write a checkpoint at every new best.
-        best_metric: what decides it: "loss", or a metric of the objective.
-    """
-
-    schedule: str
-    num_warmup_steps: int
-    label_smoothing: float
-    bf16: bool
-    patience: int | None
-    keep_best: bool
-    best_metric: str = LOSS
 
 
 class AdapterTrainer(Trainer):
@@ -172,31 +156,14 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The method's groups, each split by whether transformers would decay the parameter."""
         if self.optimizer is None:
-            named = self.adapter_model.named_parameters()
-            decayed = set(self.get_decay_parameter_names(self.adapter_model))
-            decay = {id(p) for name, p in named if name in decayed}
-            groups: list[dict[str, Any]] = []
-            for group in self.parts.method.param_groups(
-                self.adapter_model, self.args.learning_rate
-            ):
-                for weight_decay, is_decayed in ((self.args.weight_decay, True), (0.0, False)):
-                    chosen = [p for p in group["params"] if (id(p) in decay) == is_decayed]
-                    if chosen:
-                        groups.append({**group, "params": chosen, "weight_decay": weight_decay})
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.adapter_model)
-            self.optimizer = kind(groups, **options)
+            self.optimizer = build_optimizer(self.adapter_model, self.parts.method, self.args)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warmup, then the schedule, over all steps of the run."""
         if self.lr_scheduler is None:
-            name = self.options.schedule
-            self.lr_scheduler = get_scheduler(
-                "constant_with_warmup" if name == "constant" else name,
-                optimizer=cast(Any, self.optimizer) if optimizer is None else optimizer,
-                num_warmup_steps=self.options.num_warmup_steps,
-                num_training_steps=num_training_steps,
-            )
+            chosen = cast(Any, self.optimizer) if optimizer is None else optimizer
+            self.lr_scheduler = build_scheduler(self.options, chosen, num_training_steps)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -230,11 +197,8 @@ class AdapterTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
-        """Autocast to bfloat16 when asked: the one place where precision is decided."""
-        stack = contextlib.ExitStack()
-        if self.options.bf16:
-            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
-        return stack
+        """Autocast to bfloat16 when asked."""
+        return autocast(self.args.device, bf16=self.options.bf16)
 
     def floating_point_ops(self, inputs: Inputs) -> int:
         """Not counted: transformers' estimate walks all parameters at every batch."""
@@ -252,21 +216,15 @@ class AdapterTrainer(Trainer):
         examples = self.parts.validation
         if examples is None:
             raise TrainingError("there are no validation rows", where="evaluate")
-        model, started = self.adapter_model, time.perf_counter()
-        was_training = model.training
-        model.eval()
-        size = self.args.per_device_eval_batch_size
-        batches = validation_batches(examples, self.parts.collate, size)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            found = self.learner.validate(map(self._on_device, batches))
-        model.train(was_training)
+        found, seconds = validate(
+            self.adapter_model,
+            self.learner,
+            (examples, self.parts.collate, self.args.per_device_eval_batch_size),
+            self._on_device,
+            bf16=self.options.bf16,
+        )
         self._note_validation(found)
-        logs = {
-            "eval_loss": found.loss,
-            **{f"eval_{name}": value for name, value in found.metrics.items()},
-            f"eval_{self.parts.objective.unit}": found.num_items,
-            "eval_s": time.perf_counter() - started,
-        }
+        logs = validation_line(found, self.parts.objective, seconds)
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
@@ -305,12 +263,7 @@ class AdapterTrainer(Trainer):
 
     def _training_line(self, logs: dict[str, float]) -> dict[str, float]:
         step_s = time.perf_counter() - self._step_started
-        self.run_state = replace(
-            self.run_state,
-            num_tokens=self.run_state.num_tokens + self._step_tokens,
-            num_examples=self.run_state.num_examples + len(self._step_rows),
-            busy_s=self.run_state.busy_s + step_s,
-        )
+        self.run_state = self.run_state.after_step(self._step_tokens, len(self._step_rows), step_s)
         return {
             "loss": self._step_loss,
             "grad_norm": float(logs["grad_norm"]),
@@ -353,8 +306,3 @@ class AdapterTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         load_state(self.parts.method, self.adapter_model, Path(resume_from_checkpoint))
-
-
-def steps_per_epoch(num_examples: int, batch_size: int, gradient_accumulation: int) -> int:
-    """Optimizer steps in one pass over the data; the last one may have fewer batches."""
-    return math.ceil(math.ceil(num_examples / batch_size) / gradient_accumulation)

@@ -22,8 +22,8 @@ from lorakit.train.checkpoints import CheckpointStore
 from lorakit.train.interrupt import Interrupt
 from lorakit.train.metrics import MetricsLog
 from lorakit.train.objectives.sft import SftObjective
-from lorakit.train.run import training_arguments
-from lorakit.train.trainer import AdapterTrainer, StepOptions, TrainerParts
+from lorakit.train.steps import StepOptions, training_arguments
+from lorakit.train.trainer import AdapterTrainer, TrainerParts
 
 SPEC = LoraSpec(r=4, alpha=12, targets="all-linear")
 OPTIONS = StepOptions(

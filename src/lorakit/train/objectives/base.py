@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lorakit.data.rows import Rows
 from lorakit.methods.base import Method
+from lorakit.models.loss_share import LossShare
 
 Inputs = dict[str, Any]
 LOSS = "loss"
@@ -94,6 +95,14 @@ class Learner(Protocol):
 
     def validate(self, batches: Iterable[Inputs]) -> Validated:
         """Loss and metrics over all batches; called in eval mode and without gradient."""
+        ...
+
+
+class GroupLearner(Learner, Protocol):
+    """An objective whose rows do not depend on each other, so that runs can share a batch."""
+
+    def losses(self, inputs: Inputs, shares: Sequence[LossShare]) -> list[Tensor]:
+        """The loss of each share's rows, float32 scalars with gradient, from one forward pass."""
         ...
 
 

@@ -22,6 +22,7 @@ from lorakit.methods.base import Method
 from lorakit.models.classify import Classifier
 from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config
+from lorakit.models.loss_share import LossShare
 from lorakit.models.positions import num_positions
 from lorakit.models.task_head import ClassificationHead, head_modules, padding_id
 from lorakit.train.config import TrainConfig
@@ -175,6 +176,17 @@ class ClassifyLearner:
         outputs = self._classifier.outputs(inputs)
         total = self._classifier.total_loss(outputs, inputs["labels"], label_smoothing)
         return total / (len(inputs["labels"]) if num_items is None else num_items.to(total.device))
+
+    def losses(self, inputs: Inputs, shares: Sequence[LossShare]) -> list[Tensor]:
+        """`loss` of the rows of each share, from one forward pass."""
+        outputs = self._classifier.outputs(inputs)
+        sizes = [share.num_rows for share in shares]
+        parts = zip(shares, outputs.split(sizes), inputs["labels"].split(sizes), strict=True)
+        return [
+            self._classifier.total_loss(part, labels, share.label_smoothing)
+            / (share.num_rows if share.num_items is None else share.num_items)
+            for share, part, labels in parts
+        ]
 
     def validate(self, batches: Iterable[Inputs]) -> Validated:
         """Mean loss per row, and every metric of the task over all rows."""

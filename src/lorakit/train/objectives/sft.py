@@ -19,6 +19,7 @@ from lorakit.models.attention import GROUPED, use_attention
 from lorakit.models.empty import empty_model
 from lorakit.models.label_head import LabelHead, require_head
 from lorakit.models.load import load_base_model
+from lorakit.models.loss_share import LossShare
 from lorakit.models.packing import can_pack
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
@@ -106,6 +107,10 @@ class SftLearner:
     def loss(self, inputs: Inputs, *, num_items: Tensor | None, label_smoothing: float) -> Tensor:
         """Cross-entropy, summed over the labels and divided by those of the whole step."""
         return self.label_head.loss(inputs, num_items=num_items, label_smoothing=label_smoothing)
+
+    def losses(self, inputs: Inputs, shares: Sequence[LossShare]) -> list[Tensor]:
+        """See `lorakit.models.label_head.LabelHead.losses`."""
+        return self.label_head.losses(inputs, shares)
 
     def validate(self, batches: Iterable[Inputs]) -> Validated:
         """Mean cross-entropy per label."""

@@ -1,0 +1,113 @@
+"""An arm's directory: what it has reached, read back so that a sweep can go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import ConfigError
+from lorakit.files import write_json
+from lorakit.sweep.arms import Arm
+from lorakit.train.checkpoints import Checkpoint, CheckpointStore
+from lorakit.train.course import METRICS, RECORD
+from lorakit.train.metrics import Line, MetricsLog
+from lorakit.train.resume import CHECKPOINTS, find_start
+from lorakit.train.schema import changed_keys
+
+FAILED = "failed.json"
+# Where a sweep lies may change.
+_PLACES = frozenset({"output"})
+
+
+class ArmFiles:
+    """What an arm left on the disk so far.
+
+    Args:
+        arm: the arm.
+    """
+
+    def __init__(self, arm: Arm) -> None:
+        self.arm = arm
+        self.directory = Path(arm.config.output)
+
+    def record(self) -> dict[str, Any] | None:
+        """run.json of an arm that is finished, or None.
+
+        Raises:
+            ConfigError: it is damaged, or of another config.
+        """
+        return self._read(RECORD)
+
+    def failure(self) -> str | None:
+        """Why the arm failed, or None.
+
+        Raises:
+            ConfigError: the file is damaged, or of another config.
+        """
+        found = self._read(FAILED)
+        return None if found is None else str(found.get("why"))
+
+    def fail(self, why: str) -> None:
+        """Note that the arm cannot go on."""
+        write_json(self.directory / FAILED, {"why": why, "config": self.arm.config.to_dict()})
+
+    def start(self) -> Checkpoint | None:
+        """The checkpoint to go on from, or None.
+
+        Raises:
+            ConfigError: it was written under another config.
+            OutputError: all checkpoints are damaged.
+        """
+        store = CheckpointStore(self.directory / CHECKPOINTS, keep=1)
+        if not store.steps():
+            return None
+        found = find_start(self.arm.config, resume=True)
+        if found is not None:
+            self._require_same(found.identity["config"], found.path)
+        return found
+
+    def lines(self) -> list[Line]:
+        """Training and validation lines so far."""
+        return MetricsLog(self.directory / METRICS).read()
+
+    def loss_at(self, step: int) -> float | None:
+        """The validation loss after a step; None where the arm did not come so far."""
+        found = (n["eval_loss"] for n in self.lines() if n["step"] == step and "eval_loss" in n)
+        return next(found, None)
+
+    def remove_checkpoints(self) -> None:
+        """Free the disk of a finished arm: adapter and record are written."""
+        shutil.rmtree(self.directory / CHECKPOINTS, ignore_errors=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.directory / name
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            before = record["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                "an arm's record is damaged",
+                where=str(file),
+                found=str(error),
+                remedy=f"remove {self.directory}; the arm is then run again",
+            ) from error
+        self._require_same(before, file)
+        return record
+
+    def _require_same(self, before: dict[str, Any], where: Path) -> None:
+        changed = [
+            key for key in changed_keys(before, self.arm.config.to_dict()) if key not in _PLACES
+        ]
+        if changed:
+            raise ConfigError(
+                "an arm was run with another config",
+                where=str(where),
+                expected="the values in its config.yaml",
+                found="changed: " + ", ".join(changed[:8]),
+                remedy="put them back, choose another output, or remove "
+                f"{self.directory} to run it again",
+            )

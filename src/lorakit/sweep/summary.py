@@ -1,0 +1,93 @@
+"""From finished arms to sweep.json: one entry per arm, plain values only."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lorakit.environment import hardware, peak_memory_bytes, versions
+from lorakit.sweep.arms import Arm
+from lorakit.sweep.plan import SweepPlan
+from lorakit.train.metrics import Line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """An arm that is not trained any further.
+
+    Attributes:
+        record: its run.json; None where it failed.
+        dropped_at: the rung where halving stopped it, or None.
+        failed: why it failed, or None.
+        lines: its metrics.
+    """
+
+    record: dict[str, Any] | None
+    dropped_at: int | None
+    failed: str | None
+    lines: list[Line]
+
+
+def document(plan: SweepPlan, ended: Mapping[str, Ended], *, seconds: float) -> dict[str, Any]:
+    """The content of sweep.json.
+
+    Args:
+        plan: the sweep.
+        ended: its arms by name.
+        seconds: wall time of this call.
+    """
+    arms = [_arm(plan, arm, ended[arm.name]) for arm in plan.arms]
+    arms.sort(key=_rank)
+    return {
+        "kind": "sweep",
+        "title": plan.config.output.name,
+        "command": shlex.join(sys.argv),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "best": _best(plan, arms),
+        "together": plan.together,
+        "rungs": list(plan.rungs),
+        "arms": arms,
+        "config": plan.config.to_dict(),
+        "memory": {"estimate": plan.memory.to_json(), "peak_bytes": peak_memory_bytes()},
+        "seconds": {"this_call": seconds, "all_arms": sum(arm["busy_s"] for arm in arms)},
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _arm(plan: SweepPlan, arm: Arm, ended: Ended) -> dict[str, Any]:
+    lines = ended.lines
+    trained = [line for line in lines if "loss" in line]
+    final = {} if ended.record is None else ended.record["metrics"]["final"]
+    steps = trained[-1]["step"] if trained else 0
+    return {
+        "name": arm.name,
+        "settings": dict(arm.settings),
+        "eval_loss": final.get("eval_loss"),
+        "best_step": final.get("step"),
+        "steps": steps,
+        "dropped_at": ended.dropped_at,
+        "failed": ended.failed,
+        "trainable_params": plan.prepared[arm.name].plan.num_trainable,
+        "adapter": None if ended.record is None else f"arms/{arm.name}/adapter",
+        "busy_s": sum(line["step_s"] for line in trained),
+        "eval_curve": [[n["step"], n["eval_loss"]] for n in lines if "eval_loss" in n],
+        "train_curve": [[n["step"], n["loss"]] for n in trained],
+    }
+
+
+def _rank(arm: Mapping[str, Any]) -> tuple[bool, int, float]:
+    """Those that came furthest first, then by validation loss; failed ones last."""
+    loss = arm["eval_loss"]
+    lasted = -(arm["dropped_at"] or sys.maxsize)
+    return arm["failed"] is not None, lasted, sys.float_info.max if loss is None else loss
+
+
+def _best(plan: SweepPlan, arms: list[dict[str, Any]]) -> str | None:
+    """The lowest validation loss of those that halving kept; None where losses do not compare."""
+    first = arms[0]
+    return first["name"] if plan.comparable and first["eval_loss"] is not None else None
