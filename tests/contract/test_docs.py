@@ -19,6 +19,8 @@ import lorakit as lk
 from lorakit.cli import main as cli
 from lorakit.compare.config import CompareConfig
 from lorakit.evaluate.options import EvalOptions
+from lorakit.sweep.arms import make_arms
+from lorakit.sweep.config import SweepConfig
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.yaml import parse_value
@@ -84,6 +86,9 @@ def test_yaml_keys_are_keys_of_the_config(page: Path, block: str) -> None:
     values = parse_value(block, where=page.name)
     if "methods" in values:
         CompareConfig.from_dict(values)
+        return
+    if "sweep" in values:
+        make_arms(SweepConfig.from_dict(values))
         return
     TrainConfig.from_dict({**REQUIRED, **values})
 
