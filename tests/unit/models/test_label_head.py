@@ -28,6 +28,7 @@ from lorakit.adapters.attach import attach, use
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.models.label_head import LabelHead, label_nll
+from lorakit.models.loss_share import LossShare
 
 VOCAB = 61
 SMALL = {
@@ -330,3 +331,21 @@ def test_a_model_without_a_head_is_refused(device: str) -> None:
         LabelHead(model)
     assert caught.value.where == "BertModel"
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_losses_of_shares_are_those_of_their_rows_alone(tiny, architecture) -> None:
+    model = tiny(architecture)
+    batch = tiny_models.inputs(model, batch=5, length=6)
+    batch.pop("decoder_input_ids", None)
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :2] = -100
+    batch["labels"][4] = -100
+    shares = [LossShare(2), LossShare(1, 7, 0.1), LossShare(2, torch.tensor(3))]
+    found = LabelHead(model).losses(batch, shares)
+    head, start = LabelHead(model), 0
+    for share, loss in zip(shares, found, strict=True):
+        rows = {k: v[start : start + share.num_rows] for k, v in batch.items()}
+        alone = head.loss(rows, num_items=share.num_items, label_smoothing=share.label_smoothing)
+        torch.testing.assert_close(loss, alone)
+        start += share.num_rows
