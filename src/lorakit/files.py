@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -172,8 +173,11 @@ def files_into(directory: str | Path) -> Iterator[Path]:
 
 
 def _swap(staging: Path, path: Path) -> None:
+    """Give the new directory its name; an old one is left at `staging`, or gone."""
     if path.is_dir() and any(path.iterdir()):
-        # No portable call exchanges two directories: keep the old one until the new is in.
+        if _exchange(staging, path):
+            return
+        # In two steps, the name is free in between: keep the old one until the new is in.
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         path.rename(old)
         try:
@@ -186,6 +190,16 @@ def _swap(staging: Path, path: Path) -> None:
         if path.is_dir():
             path.rmdir()
         staging.rename(path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step; False where the system or its disk cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _flush(directory: Path) -> None:
