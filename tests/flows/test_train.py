@@ -25,6 +25,7 @@ from lorakit.models.label_head import label_nll
 from lorakit.models.load import load_model
 from lorakit.train import prepare
 from lorakit.train.config import TrainConfig
+from lorakit.train.metrics import MetricsLog
 from lorakit.train.run import train
 
 # A rate so high that the validation loss falls, and then rises: the best step is not the last.
@@ -159,6 +160,21 @@ def test_early_stopping_stops_after_its_patience(directory):
     assert steps["stopped_early"]
     assert steps["done"] == result.record["metrics"]["best_step"] + 3
     assert steps["done"] < steps["max"]
+
+
+def test_a_time_ends_the_run_and_its_learning_rate(directory):
+    result = quiet(
+        tiny_runs.config(
+            directory, epochs=None, max_steps=100_000, max_minutes=0.02, schedule="cosine"
+        )
+    )
+    steps = result.record["steps"]
+    assert 2 < steps["done"] < 2000
+    rates = [line.get("lr") for line in MetricsLog(result.directory / "metrics.jsonl").read()]
+    rates = [rate for rate in rates if rate][2:]  # behind the warmup
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.3 * rates[0]
+    assert result.adapter.is_dir()
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(directory):

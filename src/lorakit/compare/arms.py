@@ -17,6 +17,7 @@ _SET_BY_US = {
     "train.lr": "it comes from lr_search.values, or from the method's lr",
     "train.epochs": "it comes from budget",
     "train.max_steps": "it comes from budget",
+    "train.max_minutes": "methods are compared under budget",
 }
 # What must be the same for all methods, or the comparison says nothing.
 _SAME_FOR_ALL = ("data", "task", "model.ref")

@@ -204,8 +204,15 @@ class _GgufNames:
 
 
 # What the reader and its dequantization raise for damaged files.
-_BROKEN = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError)
-_BROKEN += (NotImplementedError,)
+_BROKEN = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+)
 
 
 def _read(file: Path, arch: _Arch) -> tuple[float, dict[str, Tensor]]:

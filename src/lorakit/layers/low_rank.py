@@ -240,7 +240,8 @@ class LowRank(nn.Module):
         A and B; with a start [A; A0] and [B, -B0]; with an update beneath [A; A1] and
         [B, s1/s B1].
         """
-        all_A, all_B = [self.lora_A], [self.lora_B]
+        all_A: list[Tensor] = [self.lora_A]
+        all_B: list[Tensor] = [self.lora_B]
         if self.start_A is not None and self.start_B is not None:
             all_A.append(self.start_A)
             all_B.append(-self.start_B)

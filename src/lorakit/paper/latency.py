@@ -299,7 +299,9 @@ def _summary(name: str, seconds: dict[str, list[float]], seed: int) -> dict[str,
 def _base(settings: LatencySettings) -> GPT2LMHeadModel:
     torch.manual_seed(settings.seed)
     model = GPT2LMHeadModel(_config(settings.model))
-    return model.to(device=settings.device, dtype=getattr(torch, settings.dtype)).eval()
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    nn.Module.to(model, device=torch.device(settings.device), dtype=dtype)
+    return model.eval()
 
 
 def _empty(shape: str) -> GPT2LMHeadModel:

@@ -145,8 +145,7 @@ class _Server(uvicorn.Server):
     def _close(self) -> None:
         self.force_exit = True
         for connection in list(self.server_state.connections):
-            if connection.transport is not None:
-                connection.transport.abort()
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

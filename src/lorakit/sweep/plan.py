@@ -189,6 +189,13 @@ def _check_model(base: PreTrainedModel, runs: Sequence[Preparation]) -> None:
 def _check_comparable(
     config: SweepConfig, arms: Sequence[Arm], runs: Sequence[Preparation]
 ) -> None:
+    if any(arm.config.train.max_minutes is not None for arm in arms):
+        raise ConfigError(
+            "arms are compared after the same steps, not after a time",
+            where="train.max_minutes",
+            expected="train.max_steps or train.epochs",
+            remedy="leave train.max_minutes out",
+        )
     if len({(run.device.type, run.dtype, run.bf16) for run in runs}) > 1:
         raise ConfigError("all arms share the forward pass", where="model and train.precision")
     heads = {json.dumps(run.objective.facts(), sort_keys=True) for run in runs}

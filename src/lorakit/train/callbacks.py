@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.errors import ConfigError
@@ -68,6 +70,52 @@ class FlowCallback(TrainerCallback):
         control.should_save = self._cadence.saves(step) or self._interrupt.requested
         if step >= self._cadence.max_steps or self._interrupt.requested:
             control.should_training_stop = True
+
+
+class TimeCallback(TrainerCallback):
+    """Ends a run after a time, and lets its learning rate come to an end with it.
+
+    The schedule goes on by the share of the steps that are done or of the time that has passed,
+    whichever is larger: a machine that is slower than expected learns less, at the right rates.
+    Behind `FlowCallback`, whose flags it completes.
+
+    Args:
+        limit_s: the time, from the first step.
+        cadence: of the run.
+        spent_s: what the run has used before it was resumed.
+    """
+
+    def __init__(self, limit_s: float, cadence: Cadence, spent_s: float) -> None:
+        self._limit_s = limit_s
+        self._cadence = cadence
+        self._spent_s = spent_s
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The clock begins."""
+        self._began = time.monotonic() - self._spent_s
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: LRScheduler | None = None,
+        **_: Any,
+    ) -> None:
+        """Move the schedule; stop when no further step fits."""
+        passed_s = time.monotonic() - self._began
+        if lr_scheduler is not None:
+            due = int(passed_s / self._limit_s * self._cadence.max_steps)
+            lr_scheduler.last_epoch = max(
+                lr_scheduler.last_epoch, min(due, self._cadence.max_steps)
+            )
+        if passed_s * (1 + 1 / state.global_step) > self._limit_s:
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_evaluate = self._cadence.eval_every is not None
 
 
 class EpochCallback(TrainerCallback):

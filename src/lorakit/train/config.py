@@ -90,6 +90,10 @@ class TrainSection:
     max_steps: int | None = field(
         default=None, metadata=_help("optimizer steps, in place of epochs")
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata=_help("end after this time, the rate falling by the clock where it is ahead"),
+    )
     batch_size: int = field(default=8, metadata=_help("rows in one forward pass, per device"))
     gradient_accumulation: int = field(
         default=1, metadata=_help("forward passes per optimizer step")
@@ -145,9 +149,7 @@ class TrainSection:
     )
     init_batches: int = field(
         default=8,
-        metadata=_help(
-            "batches that lora.init: eva or lora_ga, and lora.ranks, look at before the first step"
-        ),
+        metadata=_help("batches that lora.init and lora.ranks look at before the first step"),
     )
     eval_every: int | Literal["epoch"] = field(
         default="epoch", metadata=_help("validate every so many steps, or after each epoch")
@@ -195,11 +197,10 @@ class TrainSection:
                 found=f"epochs {self.epochs:g}, max_steps {self.max_steps}",
                 remedy="set the other to null or remove it",
             )
-        require(self.epochs is None or self.epochs > 0, "train.epochs", "> 0", self.epochs)
-        _require_at_least(self, "max_steps", 1)
-        _require_at_least(self, "batch_size", 1)
-        _require_at_least(self, "gradient_accumulation", 1)
-        _require_at_least(self, "init_batches", 1)
+        for name, value in (("epochs", self.epochs), ("max_minutes", self.max_minutes)):
+            require(value is None or value > 0, f"train.{name}", "> 0", value)
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "init_batches"):
+            _require_at_least(self, name, 1)
 
     def _check_optimizer(self) -> None:
         require(self.lr > 0, "train.lr", "lr > 0", self.lr)
@@ -227,9 +228,8 @@ class TrainSection:
         for name in ("eval_every", "save_every"):
             every = getattr(self, name)
             require(every == "epoch" or every >= 1, f"train.{name}", ">= 1 or 'epoch'", every)
-        _require_at_least(self, "eval_batch_size", 1)
-        _require_at_least(self, "keep_checkpoints", 1)
-        _require_at_least(self, "early_stopping_patience", 1)
+        for name in ("eval_batch_size", "keep_checkpoints", "early_stopping_patience"):
+            _require_at_least(self, name, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

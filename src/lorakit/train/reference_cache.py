@@ -64,7 +64,8 @@ def _key(examples: PreferenceExamples, facts: Mapping[str, Any]) -> str:
     for example in examples:
         for answer in example.answers:
             tokens = answer.example
-            digest.update(torch.tensor([len(tokens), *tokens.input_ids, *tokens.labels]).numpy())
+            numbers = torch.tensor([len(tokens), *tokens.input_ids, *tokens.labels])
+            digest.update(numbers.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -32,6 +32,7 @@ MAY_CHANGE = frozenset(
         "output",
         "train.epochs",
         "train.max_steps",
+        "train.max_minutes",
         "train.eval_every",
         "train.eval_batch_size",
         "train.save_every",

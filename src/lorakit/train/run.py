@@ -25,6 +25,7 @@ from lorakit.train.callbacks import (
     MetricsCallback,
     ProgressCallback,
     TensorBoardCallback,
+    TimeCallback,
     require_tensorboard,
 )
 from lorakit.train.checkpoints import Checkpoint, load_state
@@ -59,8 +60,9 @@ def say_on_stderr(line: str) -> None:
 def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr) -> TrainResult:
     """Train what the config asks for, and leave adapter/, run.json, metrics.jsonl, checkpoints/.
 
-    The result depends on the config alone (on one machine, CPU), also after a kill and a resume.
-    A resumed run may change only what `resume.MAY_CHANGE` lists.
+    The result depends on the config alone (on one machine, CPU), also after a kill and a resume,
+    unless `train.max_minutes` ends the run by the clock. A resumed run may change only what
+    `resume.MAY_CHANGE` lists.
 
     Args:
         config: the run.
@@ -198,6 +200,10 @@ class _Run:
                 MetricsCallback(self.course.metrics),
                 ProgressCallback(bar),
             ]
+            if self.config.train.max_minutes is not None:
+                limit_s = 60 * self.config.train.max_minutes
+                spent_s = self.course.state.busy_s
+                callbacks.insert(1, TimeCallback(limit_s, self.course.cadence, spent_s))
             if self.config.train.tensorboard:
                 board = TensorBoardCallback(self.course.directory / "tensorboard", done)
                 stack.callback(board.close)

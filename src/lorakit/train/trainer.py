@@ -155,9 +155,11 @@ class AdapterTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The method's groups, each split by whether transformers would decay the parameter."""
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(self.adapter_model, self.parts.method, self.args)
-        return cast(torch.optim.Optimizer, self.optimizer)
+        made = cast(torch.optim.Optimizer | None, self.optimizer)
+        if made is None:
+            made = build_optimizer(self.adapter_model, self.parts.method, self.args)
+            self.optimizer = made
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warmup, then the schedule, over all steps of the run."""

@@ -117,8 +117,14 @@ def _load(text: str, *, where: str) -> Any:
 
 
 # What PyYAML lets through: dates that do not exist, numbers of thousands of digits, deep nesting.
-_BROKEN = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError)
-_BROKEN += (RecursionError,)
+_BROKEN = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _MOST_VALUES = 100_000
 
 
