@@ -30,11 +30,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     )
     output = tmp_path_factory.mktemp("demo") / "out"
     said: list[str] = []
-    # A quarter of the rows is the least that is taken, and one second does not hold more.
+    # A quarter of the rows is the least that is laid out, and one second does not hold more.
     request = DemoRequest(task=task, output=output, seed=3, seconds=1.0)
     result = run_demo(request, say=said.append)
     assert any("schemas absent from training" in line for line in said)
-    assert any("tokens/s: 24 of 96 answers fit" in line for line in said)
+    assert any("tokens/s; 24 of 96 answers are laid out" in line for line in said)
     return output, result
 
 
