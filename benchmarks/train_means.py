@@ -94,7 +94,7 @@ def switched(model: PreTrainedModel, means: frozenset[str]) -> Iterator[LabelHea
         if "linear" not in means:
             stack.enter_context(patch("lorakit.layers.adapted.fused_forward", lambda *_: None))
         if "shared" not in means:
-            stack.enter_context(patch("lorakit.models.packing._drops", lambda _model: True))
+            stack.enter_context(patch("lorakit.models.packing.drops", lambda _model: True))
         yield head
 
 

@@ -249,6 +249,7 @@ def test_the_command_line_prints_the_table_and_json(done, capsys):
     assert main(["compare"]) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_was(shared, tmp_path):
     output = tmp_path / "out"
     file = tmp_path / "compare.yaml"

@@ -61,6 +61,7 @@ RANKS = (
 )
 
 
+@pytest.mark.slow
 def test_a_table_of_scores(place, capsys) -> None:
     words = (*RANKS, f"base.model={place / 'encoder'}")
     assert run(place, "out", *words) == 0

@@ -20,6 +20,7 @@ ROWS = [("The word for cat is", " zorp"), ("The word for a big grey dog is", " b
 
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "lr"), [("prefix_embedding", 0.02), ("prefix_layer", 0.2)])
+@pytest.mark.slow
 def test_it_learns_two_answers_and_keeps_them(
     name: str, lr: float, smollm2_path: Path, tmp_path: Path
 ) -> None:
