@@ -51,9 +51,8 @@ def adapter_sha256(adapter: Adapter) -> str:
         for tensor in tensors:
             if tensor is not None:
                 digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(
-                    tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-                )
+                raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+                digest.update(raw.numpy().tobytes())
 
     for name, factors in sorted(adapter.factors.items()):
         add(f"{name} {factors.scaling!r}", factors.A, factors.B, factors.magnitude)
