@@ -94,9 +94,7 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
         end_s = request.seconds - _SLOWER * (answered - started) - _MERGE_S
         task = replace(task, train=_rows_to_lay_out(request, end_s - _since(started), say))
         write_rows(output / "data" / "train.jsonl", task.train)
-        left_s = max(end_s - _since(started), _LEAST_S)
-        say(f"training ends after {format_duration(left_s)}")
-        length = {"max_minutes": left_s / 60}
+        length = _until(end_s - _since(started), say)
     trained = train(_config(request, task, length), say=say)
     shutil.copytree(trained.adapter, output / "adapter")
     shutil.copyfile(trained.directory / "metrics.jsonl", output / "metrics.jsonl")
@@ -165,6 +163,13 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _since(started: float) -> float:
     return time.monotonic() - started
+
+
+def _until(seconds: float, say: Say) -> dict[str, float]:
+    """The training options that end it after `seconds`, or after the least time."""
+    left_s = max(seconds, _LEAST_S)
+    say(f"training ends after {format_duration(left_s)}")
+    return {"max_minutes": left_s / 60}
 
 
 def _rows_to_lay_out(request: DemoRequest, seconds: float, say: Say) -> list[Row]:
