@@ -352,7 +352,7 @@ def test_a_thousand_adapters_are_listed_in_under_a_second(model, tmp_path: Path)
         assert made.counts() == (0, 0)
         start = time.process_time()
         assert [info.name for info in made.list()] == [info.name for info in infos]
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 1
     finally:
         made.close()
 
