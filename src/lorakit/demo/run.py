@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ from lorakit.models.load import load_model
 from lorakit.report.collect import collect
 from lorakit.report.html import write_report
 from lorakit.train.config import TrainConfig
-from lorakit.train.metrics import MetricsLog
 from lorakit.train.run import train
 
 Say = Callable[[str], None]
@@ -36,13 +33,8 @@ MODEL = "smollm2-135m-instruct"
 RESULT_NAME = "result.json"
 _MARK = ".lorakit-demo"
 _NUM_SAMPLES = 5
-_PROBE_STEPS = 4
 _SLOWER = 1.4  # answering with an adapter against answering without
 _MERGE_S = 40.0
-# Machines were seen to lose a fifth of their speed on the way, or to gain a third: more rows than a
-# few steps promise are laid out, and the clock ends the training (`train.max_minutes`).
-_LAID_OUT = 1.4
-_LEAST_SHARE = 0.25
 # However slow the machine is, it learns for so long.
 _LEAST_S = 180.0
 
@@ -92,8 +84,6 @@ def run_demo(request: DemoRequest, say: Say) -> dict[str, Any]:
     if request.seconds is not None:
         # The adapter answers what the base answered, a little slower; then comes the merge.
         end_s = request.seconds - _SLOWER * (answered - started) - _MERGE_S
-        task = replace(task, train=_rows_to_lay_out(request, end_s - _since(started), say))
-        write_rows(output / "data" / "train.jsonl", task.train)
         length = _until(end_s - _since(started), say)
     trained = train(_config(request, task, length), say=say)
     shutil.copytree(trained.adapter, output / "adapter")
@@ -172,46 +162,18 @@ def _until(seconds: float, say: Say) -> dict[str, float]:
     return {"max_minutes": left_s / 60}
 
 
-def _rows_to_lay_out(request: DemoRequest, seconds: float, say: Say) -> list[Row]:
-    """The first training rows, more than this machine learns in `seconds` by a few steps' speed.
-
-    The rows are in random order, so the first ones are as good as any.
-    """
-    task = request.task
-    with tempfile.TemporaryDirectory() as directory:
-        steps = {"epochs": None, "max_steps": _PROBE_STEPS}
-        probe = _config(request, task, steps, output=Path(directory) / "probe")
-        record = train(probe, say=lambda _line: None).record
-        lines = MetricsLog(Path(directory) / "probe" / "metrics.jsonl").read()[1:]
-    tokens_per_s = sum(n["num_tokens"] for n in lines) / sum(n["step_s"] for n in lines)
-    tokens_per_row = record["data"]["train"]["report"]["num_tokens"] / len(task.train)
-    num = int(_LAID_OUT * seconds * tokens_per_s / tokens_per_row)
-    rows = task.train[: max(num, math.ceil(_LEAST_SHARE * len(task.train)))]
-    say(
-        f"this machine learns about {tokens_per_s:.0f} tokens/s; {_num_answers(rows):,} of "
-        f"{_num_answers(task.train):,} answers are laid out"
-    )
-    return rows
-
-
 def _num_answers(rows: Sequence[Row]) -> int:
     return sum(m["role"] == "assistant" for row in rows for m in row["messages"])
 
 
-def _config(
-    request: DemoRequest,
-    task: DemoTask,
-    length: Mapping[str, Any],
-    *,
-    output: Path | None = None,
-) -> TrainConfig:
+def _config(request: DemoRequest, task: DemoTask, length: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_dict(
         {
             "model": {"ref": MODEL, "dtype": _dtype(), "attention": "grouped"},
             "data": {"train": str(request.output / "data" / "train.jsonl")},
             "lora": dict(task.lora),
             "train": {**task.training, **length},
-            "output": str(output or request.output / "training"),
+            "output": str(request.output / "training"),
             "seed": request.seed,
         }
     )

@@ -15,6 +15,7 @@ from lorakit.data.endings import end_of_sequence_ids
 from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.models.generation import context_length, contiguous_head, own_settings_aside
 from lorakit.models.label_head import evaluating
+from lorakit.models.shared_start import read_start, shared_start
 from lorakit.progress import progress
 
 
@@ -169,11 +170,14 @@ def _answer_batch(job: _Job, prompts: list[Sequence[int]], max_new_tokens: int) 
     input_ids = torch.full((len(prompts), width), job.pad_id)
     attention_mask = torch.zeros_like(input_ids)
     seq2seq = job.model.config.is_encoder_decoder
+    shared = shared_start(job.model, prompts)
     for row, prompt in enumerate(prompts):
         # A decoder continues from the right edge; an encoder counts positions from the left one.
-        left = 0 if seq2seq else width - len(prompt)
-        input_ids[row, left : left + len(prompt)] = torch.tensor(prompt)
-        attention_mask[row, left : left + len(prompt)] = 1
+        # Where a start is shared it stands at the left edge, and padding behind it.
+        gap = 0 if seq2seq else width - len(prompt)
+        for part, left in ((prompt[:shared], 0), (prompt[shared:], shared + gap)):
+            input_ids[row, left : left + len(part)] = torch.tensor(part, dtype=torch.long)
+            attention_mask[row, left : left + len(part)] = 1
     room = max_new_tokens if job.context is None else min(max_new_tokens, job.context - width)
     settings = GenerationConfig(
         do_sample=False,
@@ -187,6 +191,9 @@ def _answer_batch(job: _Job, prompts: list[Sequence[int]], max_new_tokens: int) 
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         generation_config=settings,
+        past_key_values=read_start(job.model, prompts[0][:shared], len(prompts))
+        if shared
+        else None,
     )
     assert isinstance(output, Tensor)
     skipped = 1 if seq2seq else width

@@ -84,6 +84,15 @@ def test_batched_answers_are_those_of_one_prompt_at_a_time(make, make_llama, tok
     assert len(seen) > 3, "the answers must depend on the prompts for this test to mean anything"
 
 
+def test_a_start_that_prompts_share_changes_no_answer(make_llama, tokenizer) -> None:
+    model = make_llama()
+    prompts = [[*range(5, 21), *prompt] for prompt in some_prompts(9)]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=9, batch_size=4)
+    alone = [generate_answers(model, tokenizer, [p], max_new_tokens=9)[0] for p in prompts]
+    assert answers == alone
+    assert len({answer.text for answer in answers}) > 3
+
+
 def test_an_answer_stops_at_any_end_token(make_llama, tokenizer) -> None:
     model = make_llama()
     prompts = some_prompts(8)
