@@ -35,12 +35,15 @@ $(STAMP): pyproject.toml
 demo: setup  ## teach SmolLM2 to answer in SQL and prove it; leaves runs/demo/
 	$(BIN)/lorakit demo
 
-# One process per core, one thread each: torch's threads and pytest's processes would fight.
+# One process per core, one thread each: torch's threads and pytest's processes would fight. In the
+# order of the tree, flows before units: a long file that comes last would leave a core idle.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup  ## the tests that need no GPU, no browser and no patience
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 test-all: setup  ## also the slow ones and those that need a Chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 64 x 49,152 logits in float32 are 12 MiB.
-_CHUNK_LOGITS = 64 * 49_152
+# Labels of a chunk: on a CPU enough for a product to be at its best, as the logits are gone through
+# several times and should stay in the cache; elsewhere enough to fill the device, 128 MiB of logits.
+_CHUNK_LABELS = 64
+_CHUNK_LOGITS = 1 << 25
 
 
 def chunked_cross_entropy(
@@ -59,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, _CHUNK_LOGITS // weight.shape[0])
+        size = _chunk_size(hidden.device.type, weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             part, wanted = hidden[start : start + size], targets[start : start + size, None]
             logits = F.linear(part, weight, bias).float()
@@ -86,3 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None, None, None, None
+
+
+def _chunk_size(device: str, vocabulary: int) -> int:
+    return _CHUNK_LABELS if device == "cpu" else max(_CHUNK_LABELS, _CHUNK_LOGITS // vocabulary)

@@ -14,6 +14,7 @@ from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.planner.memory import TrainingSetup, estimate_training
 from lorakit.planner.step import BatchShape
+from lorakit.progress import progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +49,19 @@ def rank_changes(
     before = estimate_training(model, method, batch, setup).memory.total_bytes
     found: list[Change] = []
     together: _Run = (method, batch, setup)
-    names: list[str] = []
-    for what, run in _changes(method, batch, setup):
-        change = _tried(model, what, run, before)
-        if change is None:
-            continue
-        found.append(change)
-        names.append(what)
-        together = _both(together, run, (method, batch, setup))
-    if len(found) > 1:
-        change = _tried(model, "all of these", together, before)
+    changes = list(_changes(method, batch, setup))
+    with progress("what would save memory", len(changes) + 1) as bar:
+        for what, run in changes:
+            change = _tried(model, what, run, before)
+            bar.advance()
+            if change is None:
+                continue
+            found.append(change)
+            together = _both(together, run, (method, batch, setup))
+        change = _tried(model, "all of these", together, before) if len(found) > 1 else None
         if change is not None:
             found.append(change)
+        bar.advance()
     return sorted(found, key=lambda change: -change.saved_bytes)
 
 

@@ -88,6 +88,8 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if not isinstance(out, Tensor | tuple | list):
+            return out  # asked of a tensor: its device, for one, four times in ten
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

@@ -239,7 +239,7 @@ def await_no_data(model: PreTrainedModel) -> None:
 
 
 def _prepared(model: PreTrainedModel, method: Method, setup: TrainingSetup) -> PreTrainedModel:
-    """The model as a run would have it before its first step, on the meta device; mutates it."""
+    """The model as a run would have it before its first step, but for its norms; mutates it."""
     packed = keep_in(model, setup.dtype, four_bit=setup.four_bit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LorakitWarning)
@@ -257,8 +257,6 @@ def _prepared(model: PreTrainedModel, method: Method, setup: TrainingSetup) -> P
         attention = GROUPED
     if attention is not None:
         use_attention(model, attention)
-    if setup.device == "cpu":
-        make_ready(model)
     use_fast_layers(model)
     if setup.checkpointing:
         checkpoint_activations(model)
@@ -282,6 +280,8 @@ def _count(model: PreTrainedModel, batch: BatchShape, setup: TrainingSetup) -> S
 def _count_one(
     model: PreTrainedModel, blocks: Blocks | None, batch: BatchShape, setup: TrainingSetup
 ) -> StepCounts:
+    if setup.device == "cpu":
+        make_ready(model)
     mode = FakeTensorMode()
     become_fake(model, mode)
     name = None if blocks is None else blocks.name

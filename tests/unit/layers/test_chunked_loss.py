@@ -15,7 +15,7 @@ NUM, WIDTH, VOCAB = 11, 6, 17
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_loss, "_CHUNK_LOGITS", 4 * VOCAB)  # 4, 4 and 3 labels
+    monkeypatch.setattr(chunked_loss, "_CHUNK_LABELS", 4)  # 4, 4 and 3 labels
 
 
 def case(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
