@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Labels of a chunk: on a CPU enough for a product to be at its best, as the logits are gone through
-# several times and should stay in the cache; elsewhere enough to fill the device, 128 MiB of logits.
+# several times and should stay in the cache; elsewhere enough to fill the device (128 MiB).
 _CHUNK_LABELS = 64
 _CHUNK_LOGITS = 1 << 25
 
