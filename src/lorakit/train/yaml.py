@@ -11,6 +11,9 @@ import yaml
 
 from lorakit.errors import ConfigError, nearest
 
+# The key "<<": the keys of its mapping, where they are not given beside it.
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class _DuplicateKeyError(yaml.MarkedYAMLError):
     pass
@@ -19,17 +22,20 @@ class _DuplicateKeyError(yaml.MarkedYAMLError):
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 floats and without silently overwritten keys."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    # As the file has it: construction unfolds "<<", whose keys may be given again beside it.
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == _MERGE:
+                continue
+            key = self.construct_object(key_node)
+            if key in seen:
                 raise _DuplicateKeyError(
                     problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
                 )
-            if isinstance(key, Hashable):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+            seen.add(key)
+        return node
 
 
 # YAML 1.1 asks for a dot in a float, so PyYAML reads 1e-4 as the text "1e-4".

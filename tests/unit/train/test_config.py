@@ -6,6 +6,7 @@ from lorakit.errors import ConfigError, LorakitWarning, RequestError, SpecError
 from lorakit.methods.registry import METHODS, build_method
 from lorakit.train.config import TrainConfig
 from lorakit.train.schema import changed_keys
+from lorakit.train.yaml import read_mapping
 
 MINIMAL = """
 model: some-model
@@ -247,6 +248,17 @@ def test_an_override_of_the_length_replaces_the_other_way_to_say_it(write):
     ):
         with pytest.raises(ConfigError, match="given twice"):
             TrainConfig.from_yaml(write(MINIMAL + text), overrides)
+
+
+def test_settings_shared_by_a_merge_key_are_read_and_may_be_overridden(write):
+    text = (
+        "x: {a: &a {lr: 1.0e-4, epochs: 2}, b: &b {<<: *a, epochs: 3}}\n"
+        "train:\n  <<: *b\n  lr: 2.0e-4\n"
+    )
+    path = write(text)
+    assert read_mapping(path)["train"] == {"lr": 2e-4, "epochs": 3}
+    with pytest.raises(ConfigError, match="given twice"):
+        read_mapping(write("a: &a {x: 1}\nb:\n  <<: *a\n  y: 1\n  y: 2\n"))
 
 
 def test_a_missing_file_and_a_binary_file(tmp_path):
