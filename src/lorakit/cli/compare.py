@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from lorakit.cli import console
-from lorakit.cli.fields import show_fields
+from lorakit.cli.fields import one_file, show_fields
 from lorakit.compare.config import CompareConfig
 from lorakit.compare.estimate import Forecast
 from lorakit.compare.run import Choice, CompareResult, compare, plan_compare
-from lorakit.errors import RequestError
 from lorakit.formatting import format_duration
 from lorakit.report.methods import methods_table
 from lorakit.train.schema import leaves
@@ -82,16 +81,8 @@ def read_config(words: list[str]) -> CompareConfig:
         RequestError: not exactly one file.
         ConfigError: the config is wrong.
     """
-    files = [word for word in words if "=" not in word]
-    if len(files) != 1:
-        raise RequestError(
-            "one config is needed",
-            where="the command line",
-            expected="CONFIG.yaml, then key=value for what should differ",
-            found=", ".join(files) or "nothing",
-            remedy="list all keys with: lorakit compare --fields",
-        )
-    return CompareConfig.from_yaml(files[0], [word for word in words if "=" in word])
+    file, overrides = one_file(words, verb="compare")
+    return CompareConfig.from_yaml(file, overrides)
 
 
 def _show(result: CompareResult) -> None:

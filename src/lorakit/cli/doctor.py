@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli import console
+from lorakit.cli.fields import split_words
 from lorakit.data.builder import Examples, LossMaskError
 from lorakit.data.encode import IGNORED, Example
 from lorakit.data.preview import (
@@ -147,8 +148,7 @@ def read_config(args: argparse.Namespace) -> TrainConfig:
         ConfigError: the config is wrong.
     """
     words: list[str] = args.config
-    files = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    files, overrides = split_words(words)
     bare = args.model is not None or args.data is not None
     if len(files) > 1 or bool(files) == bare or (bare and None in (args.model, args.data)):
         raise RequestError(

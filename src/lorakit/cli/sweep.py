@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lorakit.cli import console
-from lorakit.cli.fields import show_fields
+from lorakit.cli.fields import one_file, show_fields
 from lorakit.errors import RequestError
 from lorakit.formatting import format_count
 from lorakit.report.sweeps import sweep_table
@@ -64,16 +64,8 @@ def read_config(words: list[str]) -> SweepConfig:
         RequestError: not exactly one file.
         ConfigError: the config is wrong.
     """
-    files = [word for word in words if "=" not in word]
-    if len(files) != 1:
-        raise RequestError(
-            "one config is needed",
-            where="the command line",
-            expected="CONFIG.yaml, then key=value for what should differ",
-            found=", ".join(files) or "nothing",
-            remedy="list all keys with: lorakit sweep --fields",
-        )
-    return SweepConfig.from_yaml(files[0], [word for word in words if "=" in word])
+    file, overrides = one_file(words, verb="sweep")
+    return SweepConfig.from_yaml(file, overrides)
 
 
 def _require_engine(name: str) -> None:

@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from lorakit.cli import console
-from lorakit.cli.fields import show_fields
-from lorakit.errors import RequestError
+from lorakit.cli.fields import at_most_one_file, show_fields
 from lorakit.formatting import (
     format_bytes,
     format_count,
@@ -60,19 +59,10 @@ def read_config(words: list[str]) -> TrainConfig:
         RequestError: more than one file, or nothing at all.
         ConfigError: the config is wrong.
     """
-    files = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
-    if not words or len(files) > 1:
-        raise RequestError(
-            "one config is needed",
-            where="the command line",
-            expected="CONFIG.yaml, then key=value for what should differ",
-            found=", ".join(files) or "nothing",
-            remedy="list all keys with: lorakit train --fields",
-        )
-    if not files:
+    file, overrides = at_most_one_file(words, verb="train")
+    if file is None:
         return TrainConfig.from_dict(apply_overrides(TrainConfig, {}, overrides))
-    return TrainConfig.from_yaml(files[0], overrides)
+    return TrainConfig.from_yaml(file, overrides)
 
 
 def _show(result: TrainResult) -> None:
