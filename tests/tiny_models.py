@@ -26,6 +26,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -39,6 +41,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -112,6 +116,30 @@ def bart(vocab: int = VOCAB, **extra: object) -> PreTrainedModel:
             **extra,
         )
     )
+
+
+def llama_biased() -> PreTrainedModel:
+    """Llama with biases, not zero, on every linear layer that may have one, and three layers."""
+    layers = {**_GQA, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(
+        LlamaConfig(**layers, attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Qwen3-MoE: a tensor per projection of four experts, two for each token."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_GQA, **experts, head_dim=8))
+
+
+def gpt_oss() -> PreTrainedModel:
+    """GPT-OSS: experts that are stored as (in, out) and have biases."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+    return GptOssForCausalLM(GptOssConfig(**{**_GQA, **experts}, head_dim=8))
 
 
 def _llama() -> PreTrainedModel:
@@ -278,9 +306,14 @@ def build(name: str, *, seed: int = 0) -> PreTrainedModel:
 
     The global random state is left as it was.
     """
+    return seeded(BUILDERS[name], seed=seed)
+
+
+def seeded(builder: Callable[[], PreTrainedModel], *, seed: int = 0) -> PreTrainedModel:
+    """A model that is not among BUILDERS, made as `build` makes one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = BUILDERS[name]()
+        model = builder()
     return model.eval()
 
 

@@ -24,12 +24,7 @@ from lorakit.train.run import train
 IDS = torch.tensor([[1, 9, 23, 30, 41, 5, 12]])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,7 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.run import train
 from lorakit.train.trainer import AdapterTrainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import tiny_models
 from lorakit.errors import LorakitError
@@ -25,45 +24,11 @@ NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def biased_llama() -> Any:
-    """Grouped queries, and biases on every linear layer that may have one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        config = LlamaConfig(
-            vocab_size=128,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attention_bias=True,
-            mlp_bias=True,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-        )
-        model = LlamaForCausalLM(config).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
-                parameter.data.normal_(std=0.2)
-    return model
+    return tiny_models.seeded(tiny_models.llama_biased, seed=5)
 
 
 def moe() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        config = Qwen3MoeConfig(
-            vocab_size=128,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
-            pad_token_id=0,
-        )
-        return Qwen3MoeForCausalLM(config).eval()
+    return tiny_models.seeded(tiny_models.qwen3_moe, seed=5)
 
 
 MODELS: dict[str, Callable[[], Any]] = {

@@ -1,11 +1,8 @@
+"""One thread for every test of the trainer: results do not depend on the machine's cores."""
+
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    # Tiny products are slower on two threads, and a resumed run compares the number of threads.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """tests/conftest.py's, for all."""
