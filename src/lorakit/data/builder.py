@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.encode import IGNORED, Encoded, Encoder, Example, eos_id, token_text
 from lorakit.data.examples import ExampleList
+from lorakit.data.fit import fit
 from lorakit.data.formats import Format, answer_of, detect_format, read_content
 from lorakit.data.hashes import template_hash, tokenizer_hash
 from lorakit.data.options import SftOptions
@@ -94,28 +95,14 @@ class ExampleBuilder:
         self._lead = lead if self._lead in (None, lead) else ""
 
     def _keep(self, index: int, encoded: Encoded) -> None:
-        ids, learned, ended = encoded.input_ids, encoded.learned, encoded.ended
-        limit = self._options.max_length
-        if limit is not None and len(ids) > limit:
-            if self._options.on_too_long == "error":
-                raise self._too_long(index, len(ids), limit)
-            if self._options.on_too_long == "drop":
-                self._count["dropped"] += 1
-                return
-            self._count["cut"] += 1
-            # The end goes, never the start: the prompt stays what generation will see, and what is
-            # left of the answer is a true beginning of it. No EOS is put where none was.
-            ids, learned, ended = ids[:limit], learned[:limit], False
-        labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
-        if labels:
-            labels[0] = IGNORED
-        example = Example(ids, labels, index)
-        if not example.num_learned:
-            self._count["nothing"] += 1
+        where = self._rows.origin(index)
+        example = fit(encoded, index, options=self._options, count=self._count, where=where)
+        if example is None:
             return
-        if ended and labels[-1] != IGNORED:
+        whole = len(example) == len(encoded.input_ids)
+        if encoded.ended and whole and example.labels[-1] != IGNORED:
             self._count["ends"] += 1
-            self._end = ids[-1]
+            self._end = example.input_ids[-1]
         self._examples.append(example)
 
     def finish(self) -> Examples:
@@ -186,13 +173,4 @@ class ExampleBuilder:
             expected="answers (assistant turns, completions) within max_length",
             found="; ".join(reasons if limit else reasons[:1]),
             remedy="raise max_length" if limit else "give rows with answers to learn",
-        )
-
-    def _too_long(self, index: int, length: int, limit: int) -> DataError:
-        return DataError(
-            "a row is longer than max_length",
-            where=self._rows.origin(index),
-            expected=f"at most {limit} tokens",
-            found=f"{length} tokens",
-            remedy="raise max_length, shorten the row, or set on_too_long: cut or drop",
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from lorakit.data.options import SftOptions
 from lorakit.data.rows import Row
 from lorakit.errors import DataError, nearest
+from lorakit.files import parse_json
 
 Format = Literal["messages", "conversations", "prompt-completion", "instruction-output", "text"]
 Message: TypeAlias = dict[str, Any]
@@ -21,6 +22,7 @@ _NEEDS: dict[Format, tuple[tuple[str, ...], str | None]] = {
     "instruction-output": (("instruction",), "output"),
     "text": (("text",), None),
 }
+_TOOLS = "a list of functions, each an object, or such a list as JSON text"
 _MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -151,7 +153,7 @@ def read_content(
         return read_alpaca(row, options, where)
     column = options.column(kind)
     messages = read_messages(row[column], f"{where}, column {column!r}", kind == "conversations")
-    return Dialogue(with_system(messages, row, options), tools=_tools(row))
+    return Dialogue(with_system(messages, row, options), tools=tools_of(row, where))
 
 
 def answer_of(content: Content) -> str | None:
@@ -175,7 +177,8 @@ def _read_pair(row: Row, options: SftOptions, where: str) -> Content:
     if names[1] in row:
         answers = read_messages(completion, f"{where}, column {names[1]!r}", False)
     messages = with_system(messages, row, options)
-    return Dialogue(messages + answers, first_learned=len(messages), tools=_tools(row))
+    tools = tools_of(row, where)
+    return Dialogue(messages + answers, first_learned=len(messages), tools=tools)
 
 
 def read_alpaca(row: Row, options: SftOptions, where: str) -> Pair:
@@ -259,9 +262,23 @@ def system_of(row: Row, options: SftOptions) -> str | None:
     return own if isinstance(own, str) and own else options.system
 
 
-def _tools(row: Row) -> list[Any] | None:
-    tools = row.get("tools")
-    return tools if isinstance(tools, list) and tools else None
+def tools_of(row: Row, where: str) -> list[Any] | None:
+    """The functions that a row's turns may call: a list, or one written as JSON text.
+
+    Raises:
+        DataError: the column `tools` holds something else.
+    """
+    given = tools = row.get("tools")
+    if isinstance(given, str):
+        try:
+            tools = parse_json(given) if given.strip() else None
+        except ValueError as error:
+            raise wrong_kind(f"{where}, column 'tools'", _TOOLS, given) from error
+    if tools is None:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise wrong_kind(f"{where}, column 'tools'", _TOOLS, given)
+    return tools or None
 
 
 def _text(row: Row, column: str, where: str) -> str:

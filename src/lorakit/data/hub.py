@@ -9,7 +9,7 @@ import datasets
 import datasets.config
 import huggingface_hub
 
-from lorakit.data.rows import Origin, Rows
+from lorakit.data.rows import Origin, Rows, without_fillers
 from lorakit.errors import DataError
 
 DEFAULT_SPLIT = "train"
@@ -40,9 +40,8 @@ def load_hub_rows(name: str, split: str | None = None, limit: int | None = None)
     if limit is not None:
         table = table.select(range(min(limit, len(table))))
     place = f"{name}[{split}] row"
-    return Rows(
-        table.to_list(), [Origin(place, number) for number in range(1, len(table) + 1)], name
-    )
+    rows = [without_fillers(row) for row in table.to_list()]
+    return Rows(rows, [Origin(place, number) for number in range(1, len(rows) + 1)], name)
 
 
 @contextmanager

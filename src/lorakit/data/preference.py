@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.encode import IGNORED, Encoded, Encoder, Example
+from lorakit.data.encode import Encoded, Encoder, Example
 from lorakit.data.examples import ExampleList
+from lorakit.data.fit import fit
 from lorakit.data.formats import Content, wrong_kind
 from lorakit.data.hashes import template_hash, tokenizer_hash
 from lorakit.data.options import SftOptions
@@ -195,42 +196,17 @@ class _Builder:
 
     def _keep(self, index: int, verdicts: tuple[bool, ...], encoded: list[Encoded]) -> None:
         answers: list[Answer] = []
+        where = self._rows.origin(index)
         if len(encoded) == 2 and encoded[0].input_ids == encoded[1].input_ids:
             self._count["same"] += 1
             return
         for desirable, one in zip(verdicts, encoded, strict=True):
-            example = self._example(index, one)
+            example = fit(one, index, options=self._options, count=self._count, where=where)
             if example is None:
                 return
             answers.append(Answer(example, desirable))
         groups = [tuple(answers)] if self._paired else [(answer,) for answer in answers]
         self._examples += [Judged(group, index) for group in groups]
-
-    def _example(self, index: int, encoded: Encoded) -> Example | None:
-        ids, learned = encoded.input_ids, encoded.learned
-        limit = self._options.max_length
-        if limit is not None and len(ids) > limit:
-            if self._options.on_too_long == "error":
-                raise DataError(
-                    "an answer with its prompt is longer than max_length",
-                    where=self._rows.origin(index),
-                    expected=f"at most {limit} tokens",
-                    found=f"{len(ids)} tokens",
-                    remedy="raise max_length, shorten the row, or set on_too_long: cut or drop",
-                )
-            if self._options.on_too_long == "drop":
-                self._count["dropped"] += 1
-                return None
-            self._count["cut"] += 1
-            ids, learned = ids[:limit], learned[:limit]
-        labels = [token if counts else IGNORED for token, counts in zip(ids, learned, strict=True)]
-        if labels:
-            labels[0] = IGNORED
-        example = Example(ids, labels, index)
-        if not example.num_learned:
-            self._count["nothing"] += 1
-            return None
-        return example
 
     def finish(self) -> PreferenceExamples:
         """The examples with their report.

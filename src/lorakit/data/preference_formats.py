@@ -21,6 +21,7 @@ from lorakit.data.formats import (
     read_content,
     read_messages,
     system_of,
+    tools_of,
     with_system,
     wrong_kind,
 )
@@ -49,12 +50,21 @@ def read_pair(row: Row, options: SftOptions, where: str) -> tuple[Content, Conte
     chosen, rejected = row[options.column(CHOSEN)], row[options.column(REJECTED)]
     prompt = next((role for role in _PROMPTS if options.column(role) in row), None)
     if prompt is None:
-        return _implicit_prompt(row, options, where)
-    read = _read_prompt(row, prompt, options, where)
-    return (
-        _answered(read, chosen, row, options, f"{where}, column {options.column(CHOSEN)!r}"),
-        _answered(read, rejected, row, options, f"{where}, column {options.column(REJECTED)!r}"),
+        pair = _implicit_prompt(row, options, where)
+    else:
+        read = _read_prompt(row, prompt, options, where)
+        pair = (
+            _answered(read, chosen, row, options, f"{where}, column {options.column(CHOSEN)!r}"),
+            _answered(
+                read, rejected, row, options, f"{where}, column {options.column(REJECTED)!r}"
+            ),
+        )
+    tools = tools_of(row, where)
+    one, other = (
+        replace(content, tools=tools) if isinstance(content, Dialogue) else content
+        for content in pair
     )
+    return one, other
 
 
 def read_single(row: Row, options: SftOptions, where: str) -> Content:

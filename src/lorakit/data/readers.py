@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import pyarrow
 import pyarrow.parquet
 
-from lorakit.data.rows import Origin, Row
+from lorakit.data.rows import Origin, Row, without_fillers
 from lorakit.errors import DataError
 from lorakit.files import parse_json
 
@@ -128,7 +128,7 @@ def read_parquet(path: Path) -> Iterator[tuple[Origin, Row]]:
             for batch in table.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield Origin(place, number), row
+                    yield Origin(place, number), without_fillers(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             "cannot read this Parquet file",

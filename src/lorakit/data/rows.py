@@ -81,6 +81,21 @@ class Rows(Sequence[Row]):
         return {"source": self.source, "num_rows": len(self), "sha256": self.sha256}
 
 
+def without_fillers(row: Row) -> Row:
+    """The row of a table without the nulls that its schema puts into nested objects.
+
+    A column of objects has one set of keys for all rows: each tool call gets the arguments of every
+    other tool, as nulls, and a template would write them out.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 def canonical(row: Row) -> bytes:
     """One row as canonical JSON and a newline: equal bytes exactly when the rows are equal.
 

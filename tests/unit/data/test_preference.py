@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -169,3 +170,20 @@ def test_mismatched_answers_follow_their_neighbours_prompt(
     text = tokenizer.decode(batch["input_ids"][5][batch["attention_mask"][5].bool()])
     assert text == "<user> w2 <end> <assistant> w10 <end> </s>"
     assert torch.equal(batch["labels"][5] != IGNORED, batch["labels"][3] != IGNORED)
+
+
+def test_the_functions_that_may_be_called_stand_in_the_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    known = copy.deepcopy(tokenizer)
+    template = "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}" + tiny_runs.TEMPLATE
+    known.chat_template = template
+    turns = [{"role": "user", "content": "w1"}]
+    answers = {"chosen": "w2", "rejected": "w3"}
+    rows = [
+        {"prompt": turns, **answers},
+        {k: [*turns, {"role": "assistant", "content": v}] for k, v in answers.items()},
+    ]
+    for row in rows:
+        ((answer, _),) = [j.answers for j in build(known, {**row, "tools": [{"name": "w7"}]})]
+        assert parts(known, answer.example)[0].startswith("w7")

@@ -481,3 +481,26 @@ def test_smollm2_learns_the_answer_and_its_end(smollm2_path):
     prompt = render_prompt(TWO_TURNS, tokenizer)
     assert two.input_ids[: len(prompt)] == prompt
     assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id]
+
+
+WITH_TOOLS = (
+    "{% for t in tools or [] %}[{{ t['name'] }}]{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_are_rendered_as_a_list_or_as_json_text(tools):
+    tokenizer = make_tokenizer(WITH_TOOLS, eos="<|im_end|>")
+    example = one({**TWO_TURNS, "tools": tools}, tokenizer)
+    assert tokenizer.decode(example.input_ids).startswith("[add]")
+    assert one({**TWO_TURNS, "tools": None}, tokenizer) == one(TWO_TURNS, tokenizer)
+    assert one({**TWO_TURNS, "tools": " "}, tokenizer) == one(TWO_TURNS, tokenizer)
+
+
+@pytest.mark.parametrize("tools", ["add", "{}", {"name": "add"}, ["add"], 3])
+def test_tools_of_another_kind_are_refused(tools):
+    with pytest.raises(DataError, match="a value of the wrong kind") as caught:
+        one({**TWO_TURNS, "tools": tools}, make_tokenizer(WITH_TOOLS))
+    assert "column 'tools'" in str(caught.value)

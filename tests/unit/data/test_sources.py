@@ -79,6 +79,18 @@ def test_json_lines_under_the_name_json_are_read(tmp_path):
     assert [row["text"] for row in load_rows(path)] == ["a", "b"]
 
 
+def test_a_table_s_fillers_are_not_part_of_its_rows(tmp_path):
+    def call(name, **arguments):
+        function = {"name": name, "arguments": arguments}
+        return [{"role": "assistant", "tool_calls": [{"function": function}]}]
+
+    rows = [
+        {"messages": call("weather", city="Graz"), "note": "a"},
+        {"messages": call("add", a=1, b=[2]), "note": None},
+    ]
+    assert list(load_rows(write(tmp_path / "d.parquet", rows))) == rows
+
+
 def test_csv_quotes_keep_separators_and_line_breaks(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text('\ufeffprompt,completion\n"a, b","c\nd"\n\n"""q""",\n', encoding="utf-8")
