@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
 
 import tiny_models
 from law_cases import CASES, Case, grid
@@ -160,6 +161,27 @@ def test_what_peft_made_computes_the_same_here(key: str, tmp_path: Path) -> None
     # Once more into PEFT: the configuration that we wrote means the same.
     again = _in_peft(tiny_models.build(architecture), tmp_path / "ours")
     torch.testing.assert_close(tiny_models.outputs(again, given), live, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_classifier_whose_head_is_not_part_of_the_adapter(
+    with_head: bool, tmp_path: Path
+) -> None:
+    """PEFT looks for the head in a file whose task is SEQ_CLS."""
+
+    def base() -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        config = tiny_models.build("bert").config
+        return BertForSequenceClassification(config).eval()
+
+    model = base()
+    also = ("classifier",) if with_head else ()
+    attach_learned(model, LoraSpec(targets="qv", r=3, alpha=7.0, also_train=also))
+    given = tiny_models.inputs(model)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path)).eval()
+    assert theirs.peft_config["default"].task_type == ("SEQ_CLS" if with_head else None)
+    torch.testing.assert_close(theirs(**given).logits, tiny_models.outputs(model, given))
 
 
 def test_a_model_free_copy_keeps_every_tensor(tmp_path: Path) -> None:

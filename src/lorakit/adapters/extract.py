@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def adapter_from_model(
         passport=known,
         base_norms=base_norms,
         target_modules=_short_names(model, list(by_module)),
-        config=_foreign_facts(model),
+        config=_foreign_facts(model, overrides),
     )
 
 
@@ -122,10 +122,22 @@ _TASKS = {
 }
 
 
-def _foreign_facts(model: nn.Module) -> dict[str, Any]:
+# With such a task PEFT takes these modules for part of the adapter, and stops if they are not.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _foreign_facts(model: nn.Module, overrides: Iterable[str]) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     class_name = type(model).__name__
     task = next((task for ending, task in _TASKS.items() if class_name.endswith(ending)), None)
+    heads = [name for name in base_modules(model) if name.endswith(_HEADS.get(task or "", ()))]
+    saved = tuple(overrides)
+    if not all(any(name.startswith(f"{head}.") for name in saved) for head in heads):
+        task = None
     return {
         "base_model_name_or_path": getattr(config, "name_or_path", None) or None,
         "task_type": task,
