@@ -48,7 +48,7 @@ STATIC = {
     "bloom": [{"targets": "qv", "r": 3}, {"targets": "all-linear", "r": 2}],
     "falcon": [{"targets": "qv", "r": 3}],
     "t5": [{"targets": "all-linear", "r": 3}, {"targets": ("embed_tokens", "q"), "r": 2}],
-    "mamba": [{"targets": ("in_proj", "out_proj"), "r": 3}],
+    "mamba": [{"targets": ("in_proj",), "r": 3}],
 }
 
 

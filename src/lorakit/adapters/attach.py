@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lorakit.adapters.architectures import shared_by_rows
 from lorakit.adapters.attachments import (
     Attachments,
     adapted_layers,
@@ -26,7 +27,7 @@ from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.saving import AttachedAdapters, save_learned_only, save_whole_again
 from lorakit.adapters.spec import LoraSpec, require_chosen
-from lorakit.adapters.targets import base_modules
+from lorakit.adapters.targets import base_modules, text_config
 from lorakit.errors import StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
 from lorakit.layers.kinds import KINDS, kind_of
@@ -239,7 +240,8 @@ def use(model: nn.Module, selection: str | Sequence[str | None] | None) -> Itera
         selection: an adapter's name, None for the base alone, or one of those per batch row.
 
     Raises:
-        StateError: an unknown name, an empty list, or a merged adapter that would be left out.
+        StateError: an unknown name, an empty list, a merged adapter that would be left out, or rows
+            of an architecture whose adapted layers compute once for all rows.
     """
     record = find_attachments(model)
     if record is None and selection is None:
@@ -252,12 +254,28 @@ def use(model: nn.Module, selection: str | Sequence[str | None] | None) -> Itera
     for name in dict.fromkeys(wanted if isinstance(wanted, tuple) else (wanted,)):
         if name is not None:
             require_attached(model, name)
+    if isinstance(wanted, tuple) and len(wanted) > 1:
+        _require_own_rows(model)
     before = record.routing.active
     record.routing.select(wanted)
     try:
         yield model
     finally:
         record.routing.active = before
+
+
+def _require_own_rows(model: nn.Module) -> None:
+    leaves = [layer.name.rpartition(".")[2] for layer in adapted_layers(model)]
+    shared = shared_by_rows(text_config(model), leaves)
+    if shared:
+        raise StateError(
+            "rows cannot have adapters of their own in this architecture",
+            where=type(model).__name__,
+            expected="one adapter (or None) for the whole batch",
+            found=f"{', '.join(shared)} are adapted and compute relative positions once for all "
+            "rows",
+            remedy="run a batch per adapter: use(model, name)",
+        )
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

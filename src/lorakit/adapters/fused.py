@@ -84,7 +84,7 @@ def _by_heads(config: Any, num_rows: int) -> Parts:
 
 
 def _per_head(config: Any, num_rows: int) -> Parts:
-    """Every head holds its own q, k and v (BLOOM, GPT-NeoX)."""
+    """Every head holds its own q, k and v (BLOOM, GPT-NeoX, Persimmon)."""
     count = int(config.num_attention_heads)
     head = num_rows // (3 * count)
     return _interleaved({"q": head, "k": head, "v": head}, count, num_rows)
@@ -109,8 +109,15 @@ def _gpt_bigcode(config: Any, num_rows: int) -> Parts:
     return _per_head(config, num_rows)
 
 
+def _codegen(config: Any, num_rows: int) -> Parts:
+    """Four blocks, one per core of the machine it was trained on, of q, v and k in this order."""
+    share = num_rows // 12
+    return _interleaved({"q": share, "v": share, "k": share}, 4, num_rows)
+
+
 _LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Parts]] = {
     ("bloom", "query_key_value"): _per_head,
+    ("codegen", "qkv_proj"): _codegen,
     ("decision_transformer", "c_attn"): _gpt2,
     ("falcon", "query_key_value"): _falcon,
     ("gpt2", "c_attn"): _gpt2,
@@ -119,6 +126,7 @@ _LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Parts]] = {
     ("imagegpt", "c_attn"): _gpt2,
     ("modernbert", "Wqkv"): _thirds,
     ("mpt", "Wqkv"): _thirds,
+    ("persimmon", "query_key_value"): _per_head,
     ("phi3", "qkv_proj"): _by_heads,
     ("phi4_multimodal", "qkv_proj"): _by_heads,
 }

@@ -10,6 +10,8 @@ from torch import nn
 
 from lorakit.layers.kinds import Shape
 
+_EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj"})
+
 
 class _Sized(Protocol):
     @property
@@ -48,10 +50,16 @@ def tie_notes(modules: Mapping[str, nn.Module], changed: Sequence[str]) -> list[
     ]
 
 
-def expert_notes(modules: Mapping[str, nn.Module], targets: Sequence[str]) -> list[str]:
-    """Say that a preset leaves out experts whose weights are stacked in one tensor."""
-    if not {"all-linear", "mlp"} & set(targets):
-        return []
+def expert_notes(
+    modules: Mapping[str, nn.Module], targets: Sequence[str], adapted: Iterable[str]
+) -> list[str]:
+    """Say what stacked expert weights, which are single tensors, mean for an adapter.
+
+    Args:
+        modules: the base's modules by name.
+        targets: as the user wrote them.
+        adapted: modules that get an update.
+    """
     stacked = [
         f"{name}.{parameter_name}"
         for name, module in modules.items()
@@ -59,9 +67,18 @@ def expert_notes(modules: Mapping[str, nn.Module], targets: Sequence[str]) -> li
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and min(parameter.shape) > 1 and "expert" in name
     ]
-    if not stacked:
-        return []
-    return [
-        f"{len(stacked)} stacks of expert weights are not adapted, first {stacked[0]}: they are "
-        "single tensors, not layers"
-    ]
+    notes: list[str] = []
+    if stacked and {"all-linear", "mlp"} & set(targets):
+        notes.append(
+            f"{len(stacked)} stacks of expert weights are not adapted, first {stacked[0]}: they "
+            "are single tensors, not layers"
+        )
+    # PEFT's _convert_peft_config_moe, 0.19 to 0.21: by the last component of a target alone.
+    taken = [name for name in adapted if name.rpartition(".")[2] in _EXPERT_LEAVES]
+    if taken and any(name.endswith(".gate_up_proj") for name in stacked):
+        notes.append(
+            f"PEFT from 0.19 on takes {taken[0]} and others of its name for the stacked experts "
+            "in most architectures that have such, and then does not load this adapter; lorakit "
+            "does, and a merged model needs no PEFT"
+        )
+    return notes

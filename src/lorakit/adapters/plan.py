@@ -153,7 +153,7 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     notes = [
         *rank_notes(sites),
         *tie_notes(modules, changed),
-        *expert_notes(modules, targets),
+        *expert_notes(modules, targets, changed),
     ]
     for note in notes:
         warnings.warn(note, LorakitWarning, stacklevel=2)

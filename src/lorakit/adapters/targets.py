@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakit.adapters.architectures import uncalled
 from lorakit.adapters.fused import fused_parts
 from lorakit.errors import TargetError, nearest
 from lorakit.layers.adapted import Wrapper
@@ -58,11 +59,11 @@ def _collect(module: nn.Module, name: str, found: dict[str, nn.Module], seen: se
 
 def candidates(model: nn.Module) -> dict[str, Candidate]:
     """Everything in the model that can be adapted, by name, parts behind their module."""
-    config = _text_config(model)
+    config = text_config(model)
     result: dict[str, Candidate] = {}
     for name, module in base_modules(model).items():
         kind = kind_of(module)
-        if kind is None or not name or kind.refusal(module):
+        if kind is None or not name or _refusal(config, name, module, kind):
             continue
         result[name] = Candidate(name, name, module, kind)
         if kind.name in ("linear", "conv1d"):
@@ -70,6 +71,10 @@ def candidates(model: nn.Module) -> dict[str, Candidate]:
             for part, rows in fused_parts(config, leaf, kind.shape(module)[0]).items():
                 result[f"{name}.{part}"] = Candidate(f"{name}.{part}", name, module, kind, rows)
     return result
+
+
+def _refusal(config: Any, name: str, module: nn.Module, kind: LayerKind) -> str | None:
+    return kind.refusal(module) or uncalled(config, name.rpartition(".")[2])
 
 
 def resolve_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[Candidate]:
@@ -126,7 +131,7 @@ def _named(model: nn.Module, pattern: str, known: dict[str, Candidate]) -> set[s
     if others:
         name, module = next(iter(others.items()))
         kind = kind_of(module)
-        reason = kind.refusal(module) if kind else None
+        reason = _refusal(text_config(model), name, module, kind) if kind else None
         raise TargetError(
             "the target names modules that cannot be adapted",
             where=f"targets: {pattern!r}",
@@ -196,6 +201,9 @@ def _role(name: str) -> str | None:
     if not numbered:
         return None
     inside = components[numbered[0] + 1 :]
+    if len(inside) == 1:
+        # XLM numbers its attentions, not its blocks: attentions.0.q_lin.
+        inside = components[max(0, numbered[0] - 1) :]
     if any(_ATTENTION.search(component) for component in inside):
         return "attention"
     return None if any(_NOT_MLP.search(component) for component in inside) else "mlp"
@@ -233,7 +241,8 @@ def _call(model: nn.Module, method: str) -> Any:
     return function() if callable(function) else None
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
+    """The transformers configuration of the model's text part, or None."""
     config = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     return get_text_config() if callable(get_text_config) else config

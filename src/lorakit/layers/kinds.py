@@ -68,6 +68,10 @@ def _init_projection(weight: Tensor, fan_in: int, how: str) -> None:
             weight.uniform_(-bound, bound)
 
 
+# Classes of transformers that compute x W^T + b in a forward of their own; others are routers.
+_PLAIN_LINEAR = frozenset({"FalconLinear"})
+
+
 class LinearKind:
     """nn.Linear: W (out, in), A (r, in), B (out, r)."""
 
@@ -78,6 +82,11 @@ class LinearKind:
         """Why this very module cannot be adapted, or None."""
         if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention reads its weight and never calls it: no branch would run"
+        own = type(base)
+        if own.forward is nn.Linear.forward or own.__name__ in _PLAIN_LINEAR:
+            return None
+        if own.__module__.startswith("transformers.models."):
+            return f"{own.__name__}.forward is more than a linear map"
         return None
 
     def shape(self, base: nn.Module) -> Shape:

@@ -1,0 +1,167 @@
+"""Architectures whose code goes past their layers, or numbers and fuses them in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CodeGenConfig,
+    DebertaV2Config,
+    DeepseekV3Config,
+    Llama4TextConfig,
+    MambaConfig,
+    PersimmonConfig,
+    PretrainedConfig,
+    XLMConfig,
+)
+
+import tiny_models
+from learned import attach_learned
+from lorakit.adapters.attach import use
+from lorakit.adapters.plan import plan_adapter
+from lorakit.adapters.spec import LoraSpec
+from lorakit.errors import LorakitWarning, StateError, TargetError
+
+_SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_MLP = {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+_GPT = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_ENDS}
+
+
+def build(config: PretrainedConfig, *, causal: bool = True) -> torch.nn.Module:
+    auto = AutoModelForCausalLM if causal else AutoModel
+    return tiny_models.seeded(lambda: auto.from_config(config))
+
+
+def leaves(model: torch.nn.Module, targets: str) -> set[str]:
+    plan = plan_adapter(model, LoraSpec(targets=targets, r=2))
+    return {site.name.rpartition(".")[2] for site in plan.sites}
+
+
+def test_layers_that_a_kernel_reads_are_refused_and_not_in_presets() -> None:
+    config = MambaConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0, **_ENDS
+    )
+    model = build(config)
+    assert leaves(model, "all-linear") == {"in_proj"}
+    for name in ("dt_proj", "x_proj", "out_proj"):
+        with pytest.raises(TargetError, match="cannot be adapted") as caught:
+            plan_adapter(model, LoraSpec(targets=name))
+        assert "does not call it" in str(caught.value)
+
+
+def test_a_router_that_is_a_linear_layer_is_left_alone() -> None:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    config = Llama4TextConfig(
+        **_SIZES, **_MLP, **_ENDS, **experts, num_key_value_heads=2, interleave_moe_layer_step=2
+    )
+    model = build(config)
+    before = tiny_models.outputs(model, tiny_models.inputs(model))
+    with pytest.warns(LorakitWarning, match="expert"):
+        assert "router" not in leaves(model, "all-linear")
+    with pytest.raises(TargetError, match="cannot be adapted") as caught:
+        plan_adapter(model, LoraSpec(targets="router"))
+    assert "more than a linear map" in str(caught.value)
+    with pytest.warns(LorakitWarning, match="expert"):
+        attach_learned(model, LoraSpec(targets="all-linear", r=2))
+    assert not torch.allclose(tiny_models.outputs(model, tiny_models.inputs(model)), before)
+
+
+def test_peft_takes_linear_layers_beside_stacked_experts_for_experts() -> None:
+    config = DeepseekV3Config(
+        **_SIZES,
+        **_MLP,
+        **_ENDS,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=24,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.warns(LorakitWarning):
+        notes = plan_adapter(model, LoraSpec(targets="mlp")).notes
+    assert any("does not load this adapter" in note for note in notes)
+    assert not any("PEFT" in n for n in plan_adapter(model, LoraSpec(targets="attention")).notes)
+
+
+def test_attentions_that_are_numbered_instead_of_blocks() -> None:
+    config = XLMConfig(n_words=128, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64)
+    model = build(config, causal=False)
+    assert leaves(model, "qv") == {"q_lin", "v_lin"}
+    assert leaves(model, "attention") == {"q_lin", "k_lin", "v_lin", "out_lin"}
+    assert leaves(model, "mlp") == {"lin1", "lin2"}
+
+
+def _persimmon(y: Tensor) -> dict[str, Tensor]:
+    # PersimmonAttention._split_heads: view(b, s, heads, 3, head_dim)
+    return dict(zip("qkv", y.view(*y.shape[:2], 4, 3, 8).unbind(3), strict=True))
+
+
+def _codegen(y: Tensor) -> dict[str, Tensor]:
+    # CodeGenAttention.forward: reshape(b, s, 4, -1).split(local_dim) as query, value, key
+    return dict(zip("qvk", y.view(*y.shape[:2], 4, 24).split(8, dim=-1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "split"),
+    [
+        (
+            PersimmonConfig(**_SIZES, **_MLP, **_ENDS),
+            "model.layers.0.self_attn.query_key_value",
+            _persimmon,
+        ),
+        (CodeGenConfig(**_GPT, rotary_dim=4), "transformer.h.0.attn.qkv_proj", _codegen),
+    ],
+    ids=["persimmon", "codegen"],
+)
+def test_qv_moves_the_rows_of_q_and_v(
+    config: PretrainedConfig, module: str, split: Callable[[Tensor], dict[str, Tensor]]
+) -> None:
+    model = build(config)
+    given = tiny_models.inputs(model)
+    attach_learned(model, LoraSpec(targets="qv", r=3, alpha=5.0))
+    caught: list[Tensor] = []
+    model.get_submodule(module).register_forward_hook(
+        lambda _m, _i, y: caught.append(y.detach().clone())
+    )
+    tiny_models.outputs(model, given)
+    with use(model, None):
+        tiny_models.outputs(model, given)
+    moved = split(caught[0] - caught[1])
+    assert not moved["k"].any()
+    assert all((moved[part] != 0).float().mean() > 0.99 for part in "qv")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_where_positions_are_computed_once_for_all(shared: bool) -> None:
+    config = DebertaV2Config(
+        **_SIZES,
+        **_MLP,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=shared,
+    )
+    model = build(config, causal=False)
+    attach_learned(model, LoraSpec(targets="qv" if shared else "attention", r=2))
+    with (
+        pytest.raises(StateError, match="rows cannot have adapters of their own") as caught,
+        use(model, ["default", None, None]),
+    ):
+        pass
+    assert ("query_proj" if shared else "pos_key_proj") in str(caught.value)
+    with use(model, "default"):
+        tiny_models.outputs(model, tiny_models.inputs(model))
