@@ -38,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer, and print each answer; returns the exit code."""
+    if args.compare and args.adapter is None:
+        raise RequestError(
+            "--compare lets the base answer beside an adapter, and there is none",
+            where="the command line",
+            remedy="give --adapter DIR, or leave --compare out",
+        )
     require_writer(args.adapter)
     rows = _rows(args)
     options = sft_options(args, template="none" if args.plain else None, file=args.file is not None)

@@ -166,6 +166,8 @@ def test_generate_reads_the_columns_of_a_file(answer, base, other_columns, tmp_p
     shutil.copy(other_columns, folder / "train.jsonl")
     (folder / "test.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
     assert len(answer(*words, folder, "--split", "test")[1]["answers"]) == 1
+    code, result = answer("generate", "hi", "--model", base, "--compare")
+    assert (code, result["error"]["type"]) == (2, "RequestError")
     code, result = answer("generate", "hi", "--model", base, "--split", "test")
     assert (code, result["error"]["type"]) == (2, "RequestError")
 
