@@ -25,6 +25,7 @@ from lorakit.serve.constrain import Constrainer
 from lorakit.serve.fitness import fitness_of
 from lorakit.serve.layer import ServedModel
 from lorakit.serve.pool import AdapterPool
+from lorakit.serve.probe import layers_out_of_order
 from lorakit.serve.request import (
     EngineOptions,
     EngineStats,
@@ -85,7 +86,13 @@ class Engine:
         width = model.config.get_text_config(decoder=True).vocab_size
         self._constrainer = Constrainer(tokenizer, width, sorted(self._ends))
         self._news = Event()
-        self.pool = AdapterPool(model, model.device, options, on_ready=self._news.set)
+        self.pool = AdapterPool(
+            model,
+            model.device,
+            options,
+            on_ready=self._news.set,
+            closed=layers_out_of_order(model),
+        )
         self._batch = self._new_batch(1 if fitness.alone else options.max_batch)
         self._queue = FairQueue()
         self._lock = Condition()  # guards what follows; notified when a row ends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from lorakit.errors import AdapterFileError, LorakitError, RequestError
 from lorakit.formats.peft import read_adapter
 from lorakit.serve.catalog import Catalog, Source, content_key
 from lorakit.serve.request import AdapterChoice, AdapterInfo, AdapterState, EngineOptions
-from lorakit.serve.served import ServedAdapter, served_form, weighted_sum
+from lorakit.serve.served import ServedAdapter, refuse_layers, served_form, weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ class AdapterPool:
         device: where factors are needed; on a CPU memory and device are one tier.
         options: how many adapters each tier holds, and where they may come from.
         on_ready: called, in a loader's thread, when an adapter has come or failed.
+        closed: layers that no adapter may change, because rows are not apart there.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class AdapterPool:
         options: EngineOptions,
         *,
         on_ready: Callable[[], None],
+        closed: Collection[str] = (),
     ) -> None:
+        self._closed = frozenset(closed)
         self._model, self._device, self._options = model, device, options
         self._on_ready = on_ready
         self._catalog = Catalog(options.adapters_dir)
@@ -205,10 +208,14 @@ class AdapterPool:
                 self._evict()
 
     def settle(self, waiting: Iterable[Wanted]) -> None:
-        """Keep no place for adapters that were loaded for requests that have gone."""
+        """Keep no place for adapters that were loaded for requests that have gone.
+
+        Nor a failure: whoever asks next has it tried again.
+        """
         with self._lock:
-            if self._fresh:
+            if self._fresh or self._failed:
                 still = set(waiting)
+                self._failed = {w: error for w, error in self._failed.items() if w in still}
                 self._fresh = {k: w for k, w in self._fresh.items() if w in still}
                 self._evict()
 
@@ -273,6 +280,7 @@ class AdapterPool:
             if not self._options.any_base:
                 require_same_base(self._model, adapter.passport, taken=self._fingerprints)
             known = served_form(self._model, adapter, key)
+            refuse_layers(known, self._closed)
             self._refuse_rank(known, source.path)
         with self._lock:
             if self._read_from.get(source.path, key) != key:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,6 +120,27 @@ def served_form(model: nn.Module, adapter: Adapter, key: str) -> ServedAdapter:
             bias = adapter.biases.get(name)
             sites[name] = _served_site(modules[name], list(parts.values()), bias, dtype)
     return ServedAdapter(key, sites)
+
+
+def refuse_layers(served: ServedAdapter, closed: Collection[str]) -> None:
+    """Refuse an adapter of layers that do not see the batch's rows in their order.
+
+    Args:
+        served: the adapter.
+        closed: those layers: see `lorakit.serve.probe`.
+
+    Raises:
+        AdapterFileError: names some of them.
+    """
+    inside = [name for name in served.sites if name in closed]
+    if inside:
+        raise AdapterFileError(
+            "this adapter cannot share a batch with others",
+            found=f"it changes {len(inside)} layers that see the tokens of all rows in an order of "
+            f"their own, as experts do: {', '.join(inside[:3])}",
+            expected="layers that see a batch's rows in their order",
+            remedy="merge it into the base and serve the merged model: lorakit merge",
+        )
 
 
 def _refuse_unservable(adapter: Adapter) -> None:

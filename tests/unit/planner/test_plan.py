@@ -65,7 +65,17 @@ def test_a_micro_step_says_the_time_here(directory, capsys):
 
 
 def test_what_does_not_fit_gets_advice_ranked_by_what_it_saves(directory, capsys):
-    words = ["plan", directory, "--memory", "0.00001", "--batch-size", 2, "--targets", "all-linear", "--precision"]
+    words = [
+        "plan",
+        directory,
+        "--memory",
+        "0.00001",
+        "--batch-size",
+        2,
+        "--targets",
+        "all-linear",
+        "--precision",
+    ]
     code, found = answer(capsys, *words, "fp32")
     assert code == 0
     assert found["fits"] is False
