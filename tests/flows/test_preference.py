@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny_runs
+from lorakit.adapters.adapter import Adapter
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.methods.lora import LoraMethod
 from lorakit.train.config import TrainConfig
@@ -120,3 +121,15 @@ def test_what_does_not_combine_is_refused(
     with pytest.raises(ConfigError) as error:
         TrainConfig.from_dict({**values, **changes})
     assert error.value.where == where
+
+
+def test_ranks_may_move_while_preferences_are_learned(directory: Path) -> None:
+    lora = {"r": "auto", "budget": 3000, "ranks": "adalora", "targets": "all-linear", "alpha": 6}
+    config = config_of(directory, "dpo", "dpo-adalora", lora=lora, adalora={"every": 2})
+    result = train(config, say=lambda _line: None)
+    lines = [json.loads(n) for n in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    # lambda starts at zero, so the policy begins as its reference.
+    assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
+    adapter = Adapter.load(result.adapter)
+    assert adapter.num_params() <= 3000
+    assert len({factors.r for factors in adapter.factors.values()}) > 1

@@ -56,6 +56,8 @@ def new_branch(
             rows=site.rows,
         ).train(layer.training)
         _start(layer, update, site, spec)
+        if site.learns_values:
+            _start_values(update)
         if site.update == "dora":
             update.magnitude = nn.Parameter(_first_norms(layer, update, site))
         parts.append(update)
@@ -79,6 +81,14 @@ def _start(layer: AdaptedLayer, update: LowRank, site: Site, spec: LoraSpec) -> 
             update.lora_A.copy_(start[0])
             update.lora_B.copy_(start[1])
     update.start_here()
+
+
+def _start_values(update: LowRank) -> None:
+    """AdaLoRA's start: P and Q orthonormal, where its penalty is 0, and lambda zero."""
+    if not update.lora_A.is_meta:
+        nn.init.orthogonal_(update.lora_A)
+        nn.init.orthogonal_(update.lora_B)
+    update.singular = nn.Parameter(update.lora_A.new_zeros(update.lora_A.shape[0]))
 
 
 def _first_norms(layer: AdaptedLayer, update: LowRank, site: Site) -> Tensor:

@@ -14,7 +14,7 @@ from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.data_init import Loss, own_loss
 from lorakit.adapters.plan import Site, plan_adapter, require_linear
 from lorakit.adapters.ranks import allocate, most_of, with_ranks
-from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.spec import MOVING, LoraSpec, require_chosen
 from lorakit.adapters.targets import base_modules
 from lorakit.adapters.watches import GradientWatch, InputWatch, watching
 from lorakit.errors import DataError, SpecError, StateError
@@ -67,6 +67,8 @@ def choose_ranks(
     """
     if spec.r != "auto":
         raise SpecError("the ranks are given", where="r", expected="auto", found=repr(spec.r))
+    if spec.ranks == MOVING:
+        require_chosen(spec)
     if find_attachments(model) is not None:
         raise StateError(
             "ranks are chosen before anything is attached", remedy="detach the adapters first"

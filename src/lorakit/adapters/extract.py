@@ -15,9 +15,9 @@ from lorakit.adapters.attachments import (
     require_attached,
 )
 from lorakit.adapters.identity import base_facts
-from lorakit.adapters.plan import Site, whole_modules
+from lorakit.adapters.plan import AdapterPlan, Site, whole_modules
 from lorakit.adapters.ranks import spec_of_factors
-from lorakit.adapters.spec import NONZERO_INITS
+from lorakit.adapters.spec import NONZERO_INITS, LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.low_rank import Branch, LowRank
@@ -63,15 +63,9 @@ def adapter_from_model(
             overrides[f"{module.name}.{parameter}"] = _copy(value)
     known = dict(record.passports.get(name, {}))
     known.update(passport or {})
-    spec = plan.spec
-    if spec.init in NONZERO_INITS:
-        # Saved for the untouched base: s (B A - B0 A0), of twice the rank.
-        known["trained_as"] = spec.to_dict()
-        spec = spec.doubled()
-    elif any(factors[site.name].r > site.r for site in plan.sites):
-        # On top of a frozen update, which is saved as further ranks.
-        known["trained_as"] = spec.to_dict()
-        spec = spec_of_factors(spec, factors)
+    spec = _spec_as_saved(plan, factors)
+    if spec != plan.spec and not any(site.learns_values for site in plan.sites):
+        known["trained_as"] = plan.spec.to_dict()
     known["base"] = base_facts(model, whole_modules(plan))
     return Adapter(
         spec=spec,
@@ -83,6 +77,17 @@ def adapter_from_model(
         target_modules=_short_names(model, list(by_module)),
         config=_foreign_facts(model, overrides),
     )
+
+
+def _spec_as_saved(plan: AdapterPlan, factors: Mapping[str, Factors]) -> LoraSpec:
+    """The request that the factors answer as they are saved."""
+    if plan.spec.init in NONZERO_INITS:
+        # Saved for the untouched base: s (B A - B0 A0), of twice the rank.
+        return plan.spec.doubled()
+    if any(factors[site.name].r != site.r for site in plan.sites):
+        # On top of a frozen update, which is saved as further ranks; or ranks have moved.
+        return spec_of_factors(plan.spec, factors)
+    return plan.spec
 
 
 def _factors_of(site: Site, update: LowRank, rule: Scaling) -> Factors:

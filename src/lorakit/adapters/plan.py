@@ -13,7 +13,7 @@ from torch import nn
 from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
 from lorakit.adapters.occupied import refuse_occupied
-from lorakit.adapters.spec import AUTO, DATA_INITS, NONZERO_INITS, LoraSpec
+from lorakit.adapters.spec import AUTO, DATA_INITS, MOVING, NONZERO_INITS, LoraSpec
 from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
@@ -39,6 +39,7 @@ class Site:
         rows: the part's rows of the fused output, or None.
         bias: whether the module's bias is trained beside.
         update: the update rule, a key of `lorakit.layers.updates.RULES`.
+        learns_values: whether the update is P diag(lambda) Q with a lambda of its own (AdaLoRA).
     """
 
     name: str
@@ -51,16 +52,18 @@ class Site:
     rows: Rows | None = None
     bias: bool = False
     update: str = "lora"
+    learns_values: bool = False
 
     def num_params(self) -> int:
-        """Learned numbers in A, B and DoRA's m; the bias is the module's, see AdapterPlan."""
+        """Learned numbers in A, B, DoRA's m, AdaLoRA's lambda; for biases see AdapterPlan."""
         return self.num_params_at(self.r)
 
     def num_params_at(self, r: int) -> int:
         """The same at another rank."""
         A, B = KINDS[self.kind].factor_shapes(self.shape, r)
         magnitude = self.shape[0] if self.update == "dora" else 0
-        return math.prod(A) + math.prod(B) + magnitude
+        values = r if self.learns_values else 0
+        return math.prod(A) + math.prod(B) + magnitude + values
 
     @property
     def part(self) -> str | None:
@@ -176,7 +179,9 @@ def _with_fixed_rank(found: list[Candidate], spec: LoraSpec) -> tuple[LoraSpec, 
     ]
     r = equal_rank(shapes, num_params)
     note = f"r: auto, rank {r} everywhere fits the budget of {num_params:,} parameters"
-    if spec.ranks != "uniform":
+    if spec.ranks == MOVING:
+        note += "; ranks: adalora begins with more and moves them while it learns"
+    elif spec.ranks != "uniform":
         note += f"; ranks: {spec.ranks} spends it after a look at the data"
     return replace(spec, r=r, budget=None, ranks="uniform"), [note]
 

@@ -19,8 +19,12 @@ NONZERO_INITS = frozenset({"pissa", "pissa_fast", "olora", "lora_ga"})
 # Start from data: `lorakit.adapters.data_init.initialise_from_data` before training.
 DATA_INITS = frozenset({"eva", "lora_ga"})
 Bias = Literal["none", "lora_only", "all"]
-# How the ranks of r: auto are chosen; all but uniform look at data first.
-Ranks = Literal["uniform", "eva", "gradient"]
+# How the ranks of r: auto are chosen.
+Ranks = Literal["uniform", "eva", "gradient", "adalora"]
+# Chosen before the first step: `lorakit.adapters.data_ranks.choose_ranks`.
+DATA_RANKS = frozenset({"eva", "gradient"})
+# Moved while the adapter learns: `lorakit.train.moving_ranks`.
+MOVING = "adalora"
 AUTO = "auto"
 
 
@@ -81,7 +85,8 @@ class LoraSpec:
         default="uniform",
         metadata={
             "help": "with r: auto, who gets how much: uniform (all the same), eva (where the "
-            "layers' inputs spread most), gradient (where the weights' gradients do)"
+            "layers' inputs spread most), gradient (where the weights' gradients do), adalora "
+            "(moved while it learns, see the section adalora)"
         },
     )
     bias: Bias = field(
@@ -184,6 +189,15 @@ class LoraSpec:
                     expected="nothing",
                     remedy=f"remove {name}, or give r a number",
                 )
+        for name, plain in (("update", "lora"), ("init", "gaussian")):
+            if self.ranks == MOVING and getattr(self, name) != plain:
+                raise SpecError(
+                    "AdaLoRA learns P diag(lambda) Q from a start of its own",
+                    where=name,
+                    expected=plain,
+                    found=getattr(self, name),
+                    remedy=f"remove {name}, or choose other ranks",
+                )
 
     def _check_fixed(self) -> None:
         for name, plain in (("budget", None), ("ranks", "uniform")):
@@ -251,6 +265,13 @@ def require_chosen(spec: LoraSpec) -> None:
     Raises:
         SpecError: see `lorakit.adapters.data_ranks.choose_ranks`.
     """
+    if spec.ranks == MOVING:
+        raise SpecError(
+            "the ranks of this spec move while it is trained",
+            where="ranks",
+            found=spec.ranks,
+            remedy="train it with lorakit train, or use other ranks",
+        )
     if spec.ranks != "uniform":
         raise SpecError(
             "the ranks of this spec wait for data",

@@ -45,6 +45,8 @@ def added_in_place(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
     for update in updates:
         table = cast(dict[str, Tensor], update._parameters)
         down, up, rows = table["lora_A"], table["lora_B"], update.rows
+        if update.singular is not None:
+            down = update.down
         if down.dtype != x.dtype:
             down, up = down.to(x.dtype), up.to(x.dtype)
         mine = out if rows is None else out[:, rows.start : rows.start + up.shape[0]]

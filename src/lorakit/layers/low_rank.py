@@ -128,6 +128,7 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
         self.magnitude: nn.Parameter | None = None
+        self.singular: nn.Parameter | None = None
         self.start_A: Tensor | None
         self.start_B: Tensor | None
         self.under_A: Tensor | None
@@ -176,9 +177,20 @@ class LowRank(nn.Module):
             under_B.copy_(B)
         self.under_A, self.under_B, self.under_scaling = under_A, under_B, scaling
 
+    @property
+    def down(self) -> Tensor:
+        """A as the product uses it: lora_A, or diag(lambda) lora_A where the values are learned.
+
+        AdaLoRA's P diag(lambda) Q is B A with B = P and A = diag(lambda) Q, so that every way of
+        computing B A computes it too.
+        """
+        if self.singular is None:
+            return self.lora_A
+        return self.lora_A * self.singular.view(-1, *[1] * (self.lora_A.ndim - 1))
+
     def pairs(self) -> list[tuple[Tensor, Tensor, float]]:
         """A, B and scaling of each product that a plain update is the sum of."""
-        found: list[tuple[Tensor, Tensor, float]] = [(self.lora_A, self.lora_B, self.scaling)]
+        found: list[tuple[Tensor, Tensor, float]] = [(self.down, self.lora_B, self.scaling)]
         if self.under_A is not None and self.under_B is not None:
             found.append((self.under_A, self.under_B, self.under_scaling))
         return found
@@ -206,7 +218,7 @@ class LowRank(nn.Module):
             x: its input, dropout applied.
             B: lora_B times whatever the rule puts in front, already in the activations' dtype.
         """
-        y = host.kind.branch(host.base, x, self.lora_A.to(B.dtype), B)
+        y = host.kind.branch(host.base, x, self.down.to(B.dtype), B)
         return y if self.rows is None else self.rows.spread(y)
 
     def start_branch(self, host: Host, x: Tensor, scale: Tensor | float) -> Tensor | None:
@@ -238,8 +250,13 @@ class LowRank(nn.Module):
         """The factors of the whole update at its scaling s.
 
         A and B; with a start [A; A0] and [B, -B0]; with an update beneath [A; A1] and
-        [B, s1/s B1].
+        [B, s1/s B1]; with learned singular values diag(lambda) Q and P, of the directions whose
+        value is not 0 (one at least).
         """
+        if self.singular is not None:
+            kept = self.singular != 0
+            kept[0] |= not bool(kept.any())
+            return self.down[kept], self.lora_B[:, kept]
         all_A: list[Tensor] = [self.lora_A]
         all_B: list[Tensor] = [self.lora_B]
         if self.start_A is not None and self.start_B is not None:

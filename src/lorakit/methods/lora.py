@@ -15,8 +15,9 @@ from lorakit.adapters.attach import attach, detach, use
 from lorakit.adapters.attachments import adapted_layers, attachments_of
 from lorakit.adapters.bind import bind_adapter, plan_of_binding
 from lorakit.adapters.fold import merge
+from lorakit.adapters.moving import plan_moving
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
-from lorakit.adapters.spec import LoraSpec, require_chosen
+from lorakit.adapters.spec import MOVING, LoraSpec, require_chosen
 from lorakit.adapters.stack import attach_stacked, plan_stacked
 from lorakit.adapters.state import adapter_state, data_was_seen, load_in_place
 from lorakit.formats.peft import save_adapter
@@ -60,6 +61,7 @@ class LoraMethod:
         lora_plus_ratio: LoRA+, lr_B = ratio * lr_A; None for one rate.
         begin: the saved adapter to begin with; None for a new one on the base. To go on training
             it, `spec` is `lorakit.adapters.stack.spec_to_continue`.
+        moving_start: with ranks: adalora, see `lorakit.adapters.moving.plan_moving`.
     """
 
     name = "lora"
@@ -71,11 +73,13 @@ class LoraMethod:
         *,
         lora_plus_ratio: float | None = None,
         begin: Beginning | None = None,
+        moving_start: float = 1.5,
     ) -> None:
         self.spec = spec
         self.adapter_name = adapter_name
         self.lora_plus_ratio = lora_plus_ratio
         self.begin = begin
+        self.moving_start = moving_start
 
     def options(self) -> dict[str, Any]:
         """The spec's fields."""
@@ -87,7 +91,7 @@ class LoraMethod:
 
     def attach(self, model: nn.Module) -> TrainableReport:
         """Attach the adapter; see `lorakit.adapters.attach.attach`."""
-        if not next(model.parameters()).is_meta:
+        if self.spec.ranks != MOVING and not next(model.parameters()).is_meta:
             # A model without numbers is only counted: the equal rank has the same size.
             require_chosen(self.spec)
         plan = self._plan(model)
@@ -104,6 +108,8 @@ class LoraMethod:
         return report
 
     def _plan(self, model: nn.Module) -> AdapterPlan:
+        if self.spec.ranks == MOVING:
+            return plan_moving(model, self.spec, self.moving_start)
         if self.begin is None:
             return plan_adapter(model, self.spec)
         if self.begin.beneath:

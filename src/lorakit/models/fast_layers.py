@@ -159,7 +159,7 @@ def _product_of(module: nn.Module) -> tuple[Product, list[Tensor]] | None:
     update = updates[0]
     if update.rows is not None or update.under_B is not None:
         return None
-    return Product(*frozen, update.scaling), [update.lora_A, update.lora_B]
+    return Product(*frozen, update.scaling), [update.down, update.lora_B]
 
 
 def _is_hooked(module: nn.Module) -> bool:

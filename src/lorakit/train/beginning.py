@@ -92,7 +92,12 @@ def _require_plain(lora: LoraSpec) -> None:
 
 
 def begin_lora(
-    beginnings: Beginnings, spec: LoraSpec, *, name: str, lora_plus_ratio: float | None
+    beginnings: Beginnings,
+    spec: LoraSpec,
+    *,
+    name: str,
+    lora_plus_ratio: float | None,
+    moving_start: float,
 ) -> LoraMethod:
     """The method lora with its beginning, not attached yet.
 
@@ -109,7 +114,9 @@ def begin_lora(
         adapter = read_named(beginnings.on_top_of, "on_top_of")
         check_beneath(adapter, spec)
         begin = Beginning(adapter, beginnings.on_top_of, beneath=True)
-    return LoraMethod(spec, name, lora_plus_ratio=lora_plus_ratio, begin=begin)
+    return LoraMethod(
+        spec, name, lora_plus_ratio=lora_plus_ratio, begin=begin, moving_start=moving_start
+    )
 
 
 def read_named(path: str, key: str) -> Adapter:

@@ -266,6 +266,7 @@ class TrainConfig(MethodSections):
             require(self.train.batch_size > 1, "train.batch_size", "> 1 for task kto", 1)
         self._check_lora_plus()
         check_data_start(self.task, self.lora)
+        self.adalora.check(self.lora, ratio=self.train.lora_plus_ratio, time=self.train.max_minutes)
         self.beginnings.check(task=self.task, method=self.method, lora=self.lora)
         self._check_combinations()
 
@@ -314,7 +315,8 @@ class TrainConfig(MethodSections):
         if self.method != LoraMethod.name:
             return build_method(self.method, options)
         spec, ratio = LoraSpec.from_dict(options), self.train.lora_plus_ratio
-        return begin_lora(self.beginnings, spec, name=name, lora_plus_ratio=ratio)
+        begin, start = self.beginnings, self.adalora.start
+        return begin_lora(begin, spec, name=name, lora_plus_ratio=ratio, moving_start=start)
 
     @property
     def beginnings(self) -> Beginnings:
@@ -360,7 +362,7 @@ class TrainConfig(MethodSections):
         """Plain values; `from_dict` reads them back. Sections of other methods are left out."""
         values = schema.plain(self)
         order = _ORDER + (("preference",) if self.task in PREFERENCE_TASKS else ())
-        order += tuple(key for key in ("continue_from", "on_top_of") if values[key] is not None)
+        order += self.set_beside
         return {name: values[name] for name in order} | {self.method: values[self.method]}
 
     def to_yaml(self) -> str:

@@ -17,6 +17,7 @@ from lorakit.train.callbacks import Cadence
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore, RunState, load_state
 from lorakit.train.config import TrainConfig
 from lorakit.train.metrics import MetricsLog
+from lorakit.train.moving_ranks import ranks_now
 from lorakit.train.prepare import Preparation
 from lorakit.train.record import passport, run_record
 from lorakit.train.resume import CHECKPOINTS, identity
@@ -135,6 +136,7 @@ class Course:
         }
         adapter = self.directory / ADAPTER
         self.method.save(model, adapter, {**self.passport, "metrics": metrics})
+        report = ranks_now(self.method, model, report)
         record = run_record(
             self.config,
             self.prepared,

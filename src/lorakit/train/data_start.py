@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.data_init import initialise_from_data
 from lorakit.adapters.data_ranks import ChosenRanks, choose_ranks
-from lorakit.adapters.spec import DATA_INITS, LoraSpec
+from lorakit.adapters.spec import DATA_INITS, DATA_RANKS, LoraSpec
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.train.objectives.base import ExampleSet
@@ -46,13 +46,13 @@ def ranks_from_data(
     """Choose the ranks of a method with `lora.r: auto` before it is attached, and tell it.
 
     Returns:
-        The ranks; None where they are given, or equal.
+        The ranks; None where they are given, equal, or move while it learns.
 
     Raises:
         DataError: the batches say nothing about a layer.
         SpecError: a target that is no linear layer.
     """
-    if not isinstance(method, LoraMethod) or method.spec.ranks == "uniform":
+    if not isinstance(method, LoraMethod) or method.spec.ranks not in DATA_RANKS:
         return None
     device = next(model.parameters()).device
     moved = ({name: value.to(device) for name, value in batch.items()} for batch in batches)
@@ -62,8 +62,8 @@ def ranks_from_data(
 
 
 def keep_ranks(method: Method, adapter: Path) -> None:
-    """Give a method with `lora.r: auto` the ranks of an adapter that it saved."""
-    if not isinstance(method, LoraMethod) or method.spec.ranks == "uniform":
+    """Give a method whose ranks the data chose those of an adapter that it saved."""
+    if not isinstance(method, LoraMethod) or method.spec.ranks not in DATA_RANKS:
         return
     saved = Adapter.load(adapter)
     trained = saved.passport.get("trained_as")

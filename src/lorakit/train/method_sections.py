@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.adapters.spec import DATA_INITS, LoraSpec
+from lorakit.adapters.spec import DATA_INITS, DATA_RANKS, MOVING, LoraSpec
 from lorakit.errors import ConfigError
 from lorakit.methods.bitfit import BitFitSpec
 from lorakit.methods.bottleneck_spec import AdapterDropSpec, BottleneckSpec
@@ -14,6 +14,7 @@ from lorakit.methods.last_layers import LastLayersSpec
 from lorakit.methods.prefix_spec import PrefixEmbeddingSpec, PrefixLayerSpec
 from lorakit.methods.registry import METHODS, require_method
 from lorakit.train import schema
+from lorakit.train.adalora_section import AdaLoraSection
 
 
 def _help(text: str) -> dict[str, str]:
@@ -46,6 +47,9 @@ class MethodSections:
         default="lora", metadata=_help("what is trained; its options stand in its own section")
     )
     lora: LoraSpec = field(default_factory=LoraSpec, metadata=_help("the adapter"))
+    adalora: AdaLoraSection = field(
+        default_factory=AdaLoraSection, metadata=_help("lora.ranks: adalora, how the ranks move")
+    )
     full: FullSpec = field(default_factory=FullSpec, metadata=_help("full fine-tuning"))
     last_layers: LastLayersSpec = field(
         default_factory=LastLayersSpec, metadata=_help("the last layers only")
@@ -82,6 +86,12 @@ class MethodSections:
                     remedy=f"method: {name}, or remove the section",
                 )
 
+    @property
+    def set_beside(self) -> tuple[str, ...]:
+        """The keys beside the method's own section that mean something here."""
+        named = tuple(k for k in ("continue_from", "on_top_of") if self.__dict__[k] is not None)
+        return named + (("adalora",) if self.lora.ranks == MOVING else ())
+
     def _sections(self) -> dict[str, Any]:
         """Method -> its section."""
         return {name: self.__dict__[name] for name in METHODS}
@@ -98,11 +108,11 @@ def check_data_start(task: str, lora: LoraSpec) -> None:
     Raises:
         ConfigError: the task compares answers.
     """
-    waits = lora.ranks != "uniform" or lora.init in DATA_INITS
+    waits = lora.ranks in DATA_RANKS or lora.init in DATA_INITS
     if waits and task not in ("sft", "classify"):
         raise ConfigError(
             "ranks and starts taken from data look at rows of task sft or classify",
-            where="lora.ranks" if lora.ranks != "uniform" else "lora.init",
+            where="lora.ranks" if lora.ranks in DATA_RANKS else "lora.init",
             found=f"task {task}",
             remedy="use ranks: uniform and init: gaussian",
         )

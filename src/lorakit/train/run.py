@@ -38,6 +38,7 @@ from lorakit.train.data_start import (
     start_from_data,
 )
 from lorakit.train.interrupt import Interrupt, TrainingPaused
+from lorakit.train.moving_ranks import moving_ranks_of
 from lorakit.train.objectives.registry import best_metric
 from lorakit.train.prepare import Preparation, prepare
 from lorakit.train.record import Clock, WarningLog
@@ -270,6 +271,7 @@ class _Run:
             identity=self.course.identity,
             saves_method=not self.prepared.trains_all,
             fresh=self.start is None,
+            ranks=moving_ranks_of(self.method, self.model, config.adalora, max_steps),
         )
         return AdapterTrainer(
             self.model,

@@ -39,6 +39,7 @@ from lorakit.methods.base import Method
 from lorakit.train.callbacks import EpochCallback, FiniteGradientCallback
 from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState, load_state, save_state
 from lorakit.train.loaders import ROWS, Collate, training_loader
+from lorakit.train.moving_ranks import MovingRanks, MovingRanksCallback
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Objective, Validated
 from lorakit.train.steps import (
     StepOptions,
@@ -68,6 +69,7 @@ class TrainerParts:
         saves_method: whether a checkpoint also holds the method's own directory; a whole model is
             not written twice.
         fresh: whether training begins, and does not go on from a checkpoint.
+        ranks: the ranks that move while it learns, or None.
     """
 
     objective: Objective
@@ -82,6 +84,7 @@ class TrainerParts:
     identity: dict[str, Any]
     saves_method: bool = True
     fresh: bool = True
+    ranks: MovingRanks | None = None
 
 
 class AdapterTrainer(Trainer):
@@ -115,6 +118,7 @@ class AdapterTrainer(Trainer):
         # Our loss divides by the labels, or rows, of all accumulated batches itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self._step_batches = 1
         self._step_rows: list[int] = []
         self._step_loss = 0.0
         self._step_tokens = 0
@@ -126,6 +130,8 @@ class AdapterTrainer(Trainer):
         )
         self.add_callback(EpochCallback(parts.sampler.set_epoch, num_steps))
         self.add_callback(FiniteGradientCallback(self._stop_step))
+        if parts.ranks is not None:
+            self.add_callback(MovingRanksCallback(parts.ranks))
         for callback in callbacks:
             self.add_callback(callback)
 
@@ -148,6 +154,7 @@ class AdapterTrainer(Trainer):
         counts = [self.parts.objective.num_items(batch) for batch in batches]
         num_items = torch.stack(counts).sum() if counts else torch.tensor(0)
         self._step_rows, self._step_loss, self._step_tokens = [], 0.0, 0
+        self._step_batches = max(1, len(batches))
         self._step_started = time.perf_counter()
         return batches, num_items.clamp(min=1).to(device)
 
@@ -196,6 +203,10 @@ class AdapterTrainer(Trainer):
             num_items=num_items_in_batch,
             label_smoothing=self.options.label_smoothing,
         )
+        if self.parts.ranks is not None:
+            penalty = self.parts.ranks.penalty() / self._step_batches
+            # Its gradient, without its value: the loss that is shown is the task's.
+            loss = loss + (penalty - penalty.detach())
         return (loss, None) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
@@ -238,6 +249,8 @@ class AdapterTrainer(Trainer):
         step = self.state.global_step
         if not math.isfinite(found.loss):
             self._fail("the validation loss is not finite", f"step {step}", f"{found.loss}")
+        if self.parts.ranks is not None and self.parts.ranks.kept is None:
+            return  # An adapter beyond its budget cannot be the best one.
         by = self.options.best_metric
         self.run_state = self.run_state.after_evaluation(
             step,
@@ -300,6 +313,8 @@ class AdapterTrainer(Trainer):
             save_state(self.parts.method, self.adapter_model, staging)
             if self.parts.saves_method:
                 self.parts.method.save(self.adapter_model, staging / ADAPTER, self.parts.passport)
+            if self.parts.ranks is not None:
+                self.parts.ranks.save(staging)
             self._save_optimizer_and_scheduler(str(staging))
             self._save_rng_state(str(staging))
             self.state.save_to_json(str(staging / "trainer_state.json"))
@@ -308,3 +323,5 @@ class AdapterTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         load_state(self.parts.method, self.adapter_model, Path(resume_from_checkpoint))
+        if self.parts.ranks is not None:
+            self.parts.ranks.load(Path(resume_from_checkpoint))
