@@ -150,6 +150,12 @@ def test_a_start_is_the_base_and_orthonormal(tmp_path):
     adapter = adapter_from_model(base)
     assert {f.r for f in adapter.factors.values()} == {1}
     assert not any(f.A.any() for f in adapter.factors.values())
+    # With every direction in use the request that is saved still says what the factors are.
+    for name, value in state.items():
+        if name.endswith("singular"):
+            torch.nn.init.ones_(value)
+    whole = adapter_from_model(base)
+    assert {f.r for f in whole.factors.values()} == {whole.spec.fixed_r()}
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _spec_as_saved(plan: AdapterPlan, factors: Mapping[str, Factors]) -> LoraSpe
     if plan.spec.init in NONZERO_INITS:
         # Saved for the untouched base: s (B A - B0 A0), of twice the rank.
         return plan.spec.doubled()
-    if any(factors[site.name].r != site.r for site in plan.sites):
+    if any(site.learns_values or factors[site.name].r != site.r for site in plan.sites):
         # On top of a frozen update, which is saved as further ranks; or ranks have moved.
         return spec_of_factors(plan.spec, factors)
     return plan.spec

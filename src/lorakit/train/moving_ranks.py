@@ -97,7 +97,10 @@ class MovingRanks:
 
     def penalty(self) -> Tensor:
         """How far each P and Q is from orthonormal, their mean, weighted; with gradients."""
-        each = [far_from_orthonormal(m.update.lora_B, m.update.lora_A) for m in self.sites.values()]
+        pairs = [(one.update.lora_B, one.update.lora_A) for one in self.sites.values()]
+        # In bfloat16 a factor near orthonormal is not told from one that is.
+        with torch.autocast(pairs[0][0].device.type, enabled=False):
+            each = [far_from_orthonormal(left, right) for left, right in pairs]
         return self.options.orthogonality * torch.stack(each).sum() / (2 * len(each))
 
     @torch.no_grad()
