@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 
 import tiny_models
 from law_cases import CASES, Case, grid
-from learned import attach_learned
+from learned import attach_learned, shake
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import detach, use
 from lorakit.adapters.spec import LoraSpec
@@ -182,6 +182,18 @@ def test_a_classifier_whose_head_is_not_part_of_the_adapter(
     theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path)).eval()
     assert theirs.peft_config["default"].task_type == ("SEQ_CLS" if with_head else None)
     torch.testing.assert_close(theirs(**given).logits, tiny_models.outputs(model, given))
+
+
+def test_targets_that_peft_read_as_an_expression(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=r".*layers\.[01].*\.(q|o)_proj")
+    theirs = peft.get_peft_model(model, config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = tiny_models.outputs(theirs.eval(), tiny_models.inputs(model))
+    Adapter.load(tmp_path / "theirs").save(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tiny_models.build("llama"), str(tmp_path / "ours"))
+    torch.testing.assert_close(tiny_models.outputs(again.eval(), tiny_models.inputs(model)), wanted)
 
 
 def test_a_model_free_copy_keeps_every_tensor(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> di
         "r": r,
         "lora_alpha": _plain(alpha),
         "lora_dropout": spec.dropout,
-        "target_modules": list(adapter.target_modules) or list(stacked),
+        "target_modules": _target_modules(adapter) or list(stacked),
         "modules_to_save": _modules_to_save(adapter) or None,
         "bias": spec.bias,
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
@@ -199,6 +199,15 @@ def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> di
         "exclude_modules": None,
     }
     return {**adapter.config, **own}
+
+
+def _target_modules(adapter: Adapter) -> list[str]:
+    """The names that the adapter was given for its targets; none if one is an expression.
+
+    PEFT takes a string for an expression, and every entry of a list for the end of a name.
+    """
+    names = list(adapter.target_modules)
+    return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else []
 
 
 def _commonest(values: Mapping[str, Any], default: Any) -> Any:
