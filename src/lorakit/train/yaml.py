@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 floats and without silently overwritten keys."""
 
     # As the file has it: construction unfolds "<<", whose keys may be given again beside it.
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
