@@ -23,10 +23,10 @@ from lorakit.math.preference import dpo_losses, ipo_losses, kto_losses, orpo_pen
 from lorakit.methods.base import Method
 from lorakit.models.empty import empty_model
 from lorakit.models.label_head import LabelHead, LabelLogits, evaluating, require_head
-from lorakit.models.load import load_base_model
 from lorakit.train.beginning import BASE, read_reference
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
+from lorakit.train.objectives.base_model import load_to_pack
 from lorakit.train.preference_section import PreferenceSection
 from lorakit.train.reference_cache import cached_reference
 
@@ -71,9 +71,8 @@ class PreferenceObjective:
         return base
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The base as it is, with the adapter attached that is the reference."""
-        base = self._config.model
-        model = load_base_model(base.ref, base.quantize, dtype=dtype)
+        """The base, ready to be packed, with the adapter attached that is the reference."""
+        model = load_to_pack(self._config.model, dtype)
         if self._reference.adapter is not None:
             bind_adapter(model, self._reference.adapter, REFERENCE)
         return model

@@ -15,14 +15,12 @@ from lorakit.data.encode import IGNORED
 from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
 from lorakit.methods.base import Method
-from lorakit.models.attention import GROUPED, use_attention
 from lorakit.models.empty import empty_model
 from lorakit.models.label_head import LabelHead, require_head
-from lorakit.models.load import load_base_model
 from lorakit.models.loss_share import LossShare
-from lorakit.models.packing import can_pack
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
+from lorakit.train.objectives.base_model import load_to_pack
 
 
 class SftObjective:
@@ -51,11 +49,7 @@ class SftObjective:
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The base as it is; on a CPU with the attention that lets batches be packed."""
-        base = self._config.model
-        model = load_base_model(base.ref, base.quantize, dtype=dtype)
-        if base.attention is None and model.device.type == "cpu" and can_pack(model):
-            use_attention(model, GROUPED)
-        return model
+        return load_to_pack(self._config.model, dtype)
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:
         """Nothing: the base has its head."""
