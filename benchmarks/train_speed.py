@@ -99,7 +99,7 @@ def _measure(args: argparse.Namespace, workers: dict[str, Worker]) -> dict[str, 
         arms[name] = _summary(name, steps[name], {**facts[name], **ended})
     reference = "peft" if "peft" in arms else next(iter(arms))
     for name, arm in arms.items():
-        arm["ratio"] = _ratio(steps[name], steps[reference], args.seed)
+        arm["ratio"] = speed_ratio(steps[name], steps[reference], args.seed)
         arm["memory_ratio"] = arm["memory_above_base_bytes"] / max(
             1, arms[reference]["memory_above_base_bytes"]
         )
@@ -148,7 +148,7 @@ def _summary(name: str, steps: list[dict[str, float]], facts: dict[str, Any]) ->
     }
 
 
-def _ratio(
+def speed_ratio(
     mine: list[dict[str, float]], theirs: list[dict[str, float]], seed: int
 ) -> dict[str, float]:
     """Examples/s of one arm over another's, with the 95 % interval over resampled rounds."""

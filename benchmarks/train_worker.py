@@ -1,4 +1,6 @@
-"""One arm of `train_speed.py` in a process of its own, and the handle its parent holds.
+"""One arm of a measuring script in a process of its own, and the handle its parent holds.
+
+`train_speed.py` and `preference_speed.py` are the scripts.
 
 The arm trains with whatever Trainer it has; a callback of all Trainers holds it before each step
 until the parent says so, and measures the step. Before the first step it gives the arm's losses on
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import re
@@ -85,10 +88,8 @@ def main() -> None:
     import torch
     import transformers
 
-    import train_arms
-
     torch.set_num_threads(setting["threads"])
-    arm = train_arms.Arm(setting)
+    arm = importlib.import_module(setting.get("module", "train_arms")).Arm(setting)
     pacer = _pacer(setting, arm, answers)
     transformers.trainer.DEFAULT_CALLBACKS.append(pacer)
     arm.train()
@@ -111,7 +112,8 @@ def _pacer(setting: dict[str, Any], arm: Any, answers: TextIO) -> type:
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             trainer = trainers[-1]
-            losses = _losses(trainer, arm) if setting["checks"] else []
+            losses = _at_start(trainer, arm) if setting.get("checks_start") else []
+            losses += _losses(trainer, arm) if setting["checks"] else []
             trainer.model.zero_grad()
             _give_back()
             base_bytes = _status("VmRSS")
@@ -159,11 +161,24 @@ def _losses(trainer: Any, arm: Any) -> list[float]:
     trainer.model.train()
     losses = []
     for batch in arm.batches():
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss = _loss(trainer, batch)
         losses.append(round(float(loss), 6))
     loss.backward()
     return losses
+
+
+def _at_start(trainer: Any, arm: Any) -> list[float]:
+    """The losses of the same batches with the factors as they start."""
+    import torch
+
+    trainer.model.train()
+    with torch.no_grad():
+        return [round(float(_loss(trainer, batch)), 6) for batch in arm.batches()]
+
+
+def _loss(trainer: Any, batch: dict[str, Any]) -> Any:
+    with trainer.compute_loss_context_manager():
+        return trainer.compute_loss(trainer.model, dict(batch))
 
 
 def _answer(answers: TextIO, found: dict[str, Any]) -> None:

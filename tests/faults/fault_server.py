@@ -51,8 +51,10 @@ class Fault:
         self.count += 1
         if self.how == "kill" and self.count == self.at:
             os._exit(137)
-        grows = event in ("open", "os.mkdir") or self.how == "EACCES"
-        if self.how in ("ENOSPC", "EACCES") and self.count >= self.at and grows:
+        # What rmtree refuses is refused by the operations in it.
+        fails = event in ("open", "os.mkdir")
+        fails |= self.how == "EACCES" and event != "shutil.rmtree"
+        if self.how in ("ENOSPC", "EACCES") and self.count >= self.at and fails:
             number = getattr(errno, self.how)
             raise OSError(number, os.strerror(number), path)
 

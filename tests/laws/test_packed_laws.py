@@ -17,9 +17,10 @@ from lorakit.adapters.attach import attach, use
 from lorakit.adapters.fold import merge
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import LorakitWarning
-from lorakit.layers import decoder, packed
+from lorakit.layers import decoder, packed, segments
 from lorakit.layers.packed import Packing
 from lorakit.layers.rms_norm import use_fast_norms
+from lorakit.layers.segments import pack_rows
 from lorakit.models import fast_layers, packing, row_threads
 from lorakit.models.attention import GROUPED, use_attention
 from lorakit.models.fast_layers import use_fast_layers, use_own_layers
@@ -150,16 +151,97 @@ def test_rows_cut_into_many_blocks_give_the_same(architecture, shared, cost, mon
 def test_every_query_is_in_one_block(cost, monkeypatch):
     monkeypatch.setattr(packed, "_BLOCK_COST", cost)
     lengths = (30, 7, 29, 12, 1, 30)
-    packing = Packing(9, lengths, torch.device("cpu"))
+    packing = Packing((9, *lengths), (-1, *(0 for _ in lengths)), torch.device("cpu"))
     places = torch.cat([block.places for block in packing.blocks])
     assert places.sort().values.equal(torch.arange(9 + sum(lengths)))
     assert (len(packing.blocks) > 2) == (cost < 6000)
+
+
+def pairs_of(starts: tuple[int, ...], answers: tuple[int, ...], *, template: int = 0) -> Batch:
+    """Each start twice, with an answer behind it; first all chosen rows, then all rejected ones."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(3, tiny_models.VOCAB, (n,), generator=generator).tolist()
+
+    before = draw(template)
+    prompts = [[*before, 3 + i, *draw(n - 1)] for i, n in enumerate(starts)]
+    rows = [prompts[i % len(starts)] + [40 + i, *draw(n - 1)] for i, n in enumerate(answers)]
+    shape = (len(rows), max(map(len, rows)))
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, -100),
+    }
+    for i, row in enumerate(rows):
+        batch["input_ids"][i, : len(row)] = torch.tensor(row)
+        batch["attention_mask"][i, : len(row)] = 1
+        batch["labels"][i, len(row) - answers[i] : len(row)] = torch.tensor(row[-answers[i] :])
+    return batch
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("template", [0, 6])
+@pytest.mark.parametrize("cost", [1, 30, 6000])
+def test_two_answers_share_their_prompt(architecture, template, cost, calls, monkeypatch):
+    monkeypatch.setattr(packed, "_BLOCK_COST", cost)
+    model = model_of(architecture, LoraSpec(targets="all-linear", r=3, alpha=7.5))
+    starts, answers = (9, 5, 13, 7), (4, 6, 2, 1, 8, 3, 5, 1)
+    batch = pairs_of(starts, answers, template=template)
+    weights = torch.linspace(-1, 2, 8).double()
+
+    def found() -> Found:
+        model.zero_grad()
+        logps = LabelHead(model).logits(batch).row_nll(8)
+        (logps.double() * weights).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in trainable(model).items()}  # type: ignore[union-attr]
+        return logps.detach(), gradients
+
+    expected = found()
+    use_attention(model, GROUPED)
+    use_fast_layers(model)
+    assert_same(found(), expected)
+    assert f"shared {template}" in calls
+    assert ("layer" in calls) == (architecture in FAST)
+
+
+def test_the_tree_of_rows_is_read_from_their_tokens():
+    batch = pairs_of((9, 5, 13), (4, 6, 2, 1, 8, 3), template=6)
+    ids, counts = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
+    first = (batch["labels"] != -100).long().argmax(1) - 1
+    packing, source = pack_rows(ids, counts, first.tolist(), share=True)
+    # The template, the rest of each prompt but its last token, whose output is asked for, and the
+    # answers behind that one.
+    assert packing.lengths == (6, 8, 4, 12, 5, 7, 3, 2, 9, 4)
+    assert packing.parents == (-1, 0, 0, 0, 1, 2, 3, 1, 2, 3)
+    assert packing.shared == 6
+    assert packing.longest == max(counts)
+    row, place = source // ids.shape[1], source % ids.shape[1]
+    assert packing.positions.equal(place)
+    assert row[-4:].tolist() == [5] * 4
+    alone, everything = pack_rows(ids, counts, first.tolist(), share=False)
+    assert alone.lengths == tuple(counts)
+    assert ids.flatten()[everything].equal(ids[batch["attention_mask"].bool()])
+
+
+def test_what_saves_too_little_is_not_a_segment(monkeypatch):
+    ids = torch.tensor([[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 7, 7, 7, 7], [1, 2, 3, 4, 8]])
+    found = {}
+    for least in (1, 3, 4, 7):
+        monkeypatch.setattr(segments, "_LEAST_SAVED", least)
+        packing, _ = pack_rows(ids, [5] * 4, [4] * 4, share=True)
+        found[least] = packing.lengths, packing.parents
+    assert found[1] == ((1, 2, 1, 1, 2, 4, 1), (-1, 0, 1, 2, 1, 0, 2))
+    assert found[3] == ((1, 2, 2, 2, 4, 2), (-1, 0, 1, 1, 0, 1))
+    assert found[4] == ((3, 2, 2, 5, 2), (-1, 0, 0, -1, 0))
+    assert found[7] == ((5,) * 4, (-1,) * 4)
 
 
 @pytest.fixture
 def two_threads(monkeypatch):
     monkeypatch.setattr(row_threads, "_LEAST_TOKENS", 4)
     monkeypatch.setattr(row_threads, "_MOST_LEARNED", 1.0)
+    monkeypatch.setattr(segments, "_LEAST_SAVED", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

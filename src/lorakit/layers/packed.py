@@ -1,21 +1,19 @@
-"""Rows of a batch laid out one behind the other, with the start that they share once.
+"""Rows of a batch laid out one behind the other, with the starts that they have in common once.
 
 A batch of rows padded to the longest spends a product on every padded position, and rows that are
-written with one template begin with the same tokens, which a causal model turns into the same
-states in every row. Packed, a batch is one row of real tokens: the shared start, then what is left
-of each row. Only attention has to know which keys belong to a token:
+written with one template, or answer one prompt, begin with the same tokens, which a causal model
+turns into the same states in every row. Packed, a batch is one row of real tokens. It is cut into
+segments that form a tree: each row is a path of it, and what rows share is there once. Only
+attention has to know which keys belong to a token: all of the segments in front of its own, and its
+own up to itself.
 
-    shared start:       causal on itself
-    rest of each row:   all of the shared start, and causal on its own row
-
-The gradients of the shared start add up over the rows, as they do when it is computed in each.
+The gradients of what is shared add up over the rows, as they do when it is computed in each.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,45 +24,73 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of each row are in a packed batch.
+    """Where the tokens of each row are in a packed batch: the tree of its segments, in order.
 
     Attributes:
-        shared: tokens of the shared start, 0 for none.
-        lengths: tokens of the rest of each row, each at least 1.
+        lengths: tokens of each segment, each at least 1; the last ones are what each row has for
+            itself, in the order of the rows.
+        parents: the segment right in front of each one, an earlier one; -1 for the start of a row.
         device: where the packed batch is.
     """
 
-    shared: int
     lengths: tuple[int, ...]
+    parents: tuple[int, ...]
     device: torch.device
 
     @property
     def num_tokens(self) -> int:
         """Tokens in the packed batch."""
-        return self.shared + sum(self.lengths)
+        return sum(self.lengths)
+
+    @property
+    def shared(self) -> int:
+        """Tokens of the start that all rows have in common, 0 for none."""
+        several = len(self.lengths) > 1 and self.parents.count(-1) == 1
+        return self.lengths[0] if several else 0
 
     @property
     def longest(self) -> int:
-        """Positions of the longest row, its shared start included."""
-        return self.shared + max(self.lengths)
+        """Positions of the longest row."""
+        return max(first + n for first, n in zip(self._firsts, self.lengths, strict=True))
+
+    @cached_property
+    def _begins(self) -> tuple[int, ...]:
+        """Where each segment begins in the packed batch."""
+        return tuple(itertools.accumulate(self.lengths[:-1], initial=0))
+
+    @cached_property
+    def _firsts(self) -> tuple[int, ...]:
+        """Where each segment begins in its rows."""
+        return tuple(sum(end - begin for begin, end in self._fronts(p)) for p in self.parents)
+
+    def _fronts(self, segment: int) -> tuple[tuple[int, int], ...]:
+        """The packed places [begin, end) of what is in front of a segment, in order, and of it."""
+        if segment < 0:
+            return ()
+        begin = self._begins[segment]
+        return (*self._fronts(self.parents[segment]), (begin, begin + self.lengths[segment]))
 
     @cached_property
     def positions(self) -> Tensor:
         """(num_tokens,) int64: the place of each token in its own row."""
-        rows = [torch.arange(self.shared, self.shared + n) for n in self.lengths]
-        return torch.cat([torch.arange(self.shared), *rows]).to(self.device)
+        found = [
+            torch.arange(first, first + n)
+            for first, n in zip(self._firsts, self.lengths, strict=True)
+        ]
+        return torch.cat(found).to(self.device)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """Every query in exactly one block: the shared start's, then those of the rests."""
-        ends = itertools.accumulate(self.lengths, initial=self.shared)
-        rests = sorted(zip(self.lengths, ends, strict=False), reverse=True)
-        found = _blocks(0, ((self.shared, 0),), self.device) if self.shared else []
-        while rests:
-            width = rests[0][0]
-            count = sum(width**2 - n**2 <= _BLOCK_COST for n, _ in rests)
-            found += _blocks(self.shared, tuple(rests[:count]), self.device)
-            rests = rests[count:]
+        """Every query in exactly one block, whose segments have the same ones in front of them."""
+        found: list[Block] = []
+        for parent in dict.fromkeys(self.parents):
+            every = zip(self.lengths, self._begins, self.parents, strict=True)
+            rows = sorted(((n, begin) for n, begin, p in every if p == parent), reverse=True)
+            while rows:
+                width = rows[0][0]
+                count = sum(width**2 - n**2 <= _BLOCK_COST for n, _ in rows)
+                found += _blocks(self._fronts(parent), tuple(rows[:count]), self.device)
+                rows = rows[count:]
         return tuple(found)
 
 
@@ -72,7 +98,9 @@ class Packing:
 _BLOCK_COST = 6000
 
 
-def _blocks(before: int, rows: tuple[tuple[int, int], ...], device: torch.device) -> list[Block]:
+def _blocks(
+    fronts: tuple[tuple[int, int], ...], rows: tuple[tuple[int, int], ...], device: torch.device
+) -> list[Block]:
     """Rows (length, start) of about one length, cut where fewer hidden keys pay for one block more.
 
     In one block, half of the scores are of keys behind their query; in c blocks, 1/c of those.
@@ -81,30 +109,36 @@ def _blocks(before: int, rows: tuple[tuple[int, int], ...], device: torch.device
     count = max(1, round(width * math.sqrt(len(rows) / (2 * _BLOCK_COST))))
     edges = [width * i // count for i in range(count + 1)]
     return [
-        Block(before, tuple((n, start) for n, start in rows if n > first), first, stop, device)
+        Block(fronts, tuple((n, start) for n, start in rows if n > first), first, stop, device)
         for first, stop in itertools.pairwise(edges)
     ]
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some queries of some rows: those at the places [first, stop) of each row's rest.
+    """Some queries of some rows: those at the places [first, stop) of each row.
 
-    They see the shared start, and their own row up to themselves.
+    A row is a segment of the packing here. Its queries see what the rows have in front of them, and
+    their own row up to themselves.
 
     Attributes:
-        before: keys of the shared start in front of every row.
-        rows: tokens of each row's rest, more than `first`, and where it begins in the packed batch.
+        fronts: the packed places [begin, end) of the keys in front of every row, in their order.
+        rows: tokens of each row, more than `first`, and where it begins in the packed batch.
         first: the first query of each row.
         stop: behind the last query; queries behind a row's end are its last token over again.
         device: where the packed batch is.
     """
 
-    before: int
+    fronts: tuple[tuple[int, int], ...]
     rows: tuple[tuple[int, int], ...]
     first: int
     stop: int
     device: torch.device
+
+    @cached_property
+    def before(self) -> int:
+        """Keys in front of every row."""
+        return sum(end - begin for begin, end in self.fronts)
 
     @property
     def width(self) -> int:
@@ -155,7 +189,8 @@ class Block:
         """(num_tokens, groups, d) to (rows * groups, before + stop, d)."""
         own = self._own(packed, 0).transpose(1, 2)
         if self.before:
-            shared = packed[: self.before].transpose(0, 1)[None]
+            shared = torch.cat([packed[begin:end] for begin, end in self.fronts])
+            shared = shared.transpose(0, 1)[None]
             own = torch.cat([shared.expand(len(self.rows), -1, -1, -1), own], dim=2)
         return own.reshape(-1, self.before + self.stop, packed.shape[-1])
 
@@ -174,7 +209,10 @@ class Block:
         else:
             packed.index_add_(0, self._slots, own.flatten(0, 1).to(packed.dtype))
         if self.before:
-            packed[: self.before] += per_row[:, :, : self.before].sum(0).transpose(0, 1)
+            shared = per_row[:, :, : self.before].sum(0).transpose(0, 1)
+            sizes = [end - begin for begin, end in self.fronts]
+            for (begin, end), part in zip(self.fronts, shared.split(sizes), strict=True):
+                packed[begin:end] += part
 
     def queries(self, packed: Tensor, groups: int, *, zero_behind: bool = False) -> Tensor:
         """(num_tokens, heads, d) to (rows * groups, heads / groups * width, d).
@@ -256,25 +294,3 @@ def packed_attention(
         found.append(block.rows_of(mixed))
     order = torch.cat([block.places for block in packing.blocks]).argsort()
     return torch.cat(found)[order]
-
-
-def pack_rows(
-    input_ids: Tensor, lengths: Sequence[int], first_needed: Sequence[int], *, share: bool
-) -> tuple[Packing, Tensor]:
-    """The packing of rows padded on the right, and their tokens, (num_tokens,) int64.
-
-    Args:
-        input_ids: (rows, positions).
-        lengths: tokens of each row, each at least 1.
-        first_needed: the first position of each row whose output is asked for; it and what is
-            behind it are not shared.
-        share: compute the start that all rows have in common once.
-    """
-    shared = 0
-    if share and len(lengths) > 1:
-        limit = min(*first_needed, *(n - 1 for n in lengths))
-        same = (input_ids[:, :limit] == input_ids[:1, :limit]).all(0)
-        shared = int(same.long().cumprod(0).sum())
-    packing = Packing(shared, tuple(n - shared for n in lengths), input_ids.device)
-    rests = [row[shared:n] for row, n in zip(input_ids, lengths, strict=True)]
-    return packing, torch.cat([input_ids[0, :shared], *rests])

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters.attach import active_adapter
 from lorakit.layers.low_rank import LowRank
-from lorakit.layers.packed import pack_rows
 from lorakit.layers.prefix import find_prefix
+from lorakit.layers.segments import pack_rows
 from lorakit.models.attention import GROUPED
 
 # model_type of transformers; the first batch of a run is compared with the unpacked forward too.
@@ -77,19 +77,18 @@ def pack_batch(
     first = torch.where(asked.any(1), asked.argmax(1), counts - 1)
     # A dropout draws for each row on its own.
     share = not (model.training and drops(model))
-    packing, ids = pack_rows(batch["input_ids"], lengths, first.tolist(), share=share)
+    packing, source = pack_rows(batch["input_ids"], lengths, first.tolist(), share=share)
     window = getattr(model.config, "sliding_window", None)
     if window is not None and packing.longest > window:
         return None
-    rests = [row[packing.shared : n] for row, n in zip(mask, lengths, strict=True)]
     inputs = {
-        "input_ids": ids[None],
+        "input_ids": batch["input_ids"].flatten()[source][None],
         "position_ids": packing.positions[None],
         # Four dimensions: taken as it is, and not made into a mask over all pairs of tokens.
-        "attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device),
+        "attention_mask": torch.zeros(1, 1, 1, 1, device=source.device),
         "packing": packing,
     }
-    return PackedBatch(inputs, torch.cat([mask.new_zeros(packing.shared), *rests])[None])
+    return PackedBatch(inputs, mask.flatten()[source][None])
 
 
 def drops(model: PreTrainedModel) -> bool:

@@ -136,7 +136,8 @@ def _padded(model: PreTrainedModel, mode: FakeTensorMode, batch: BatchShape) -> 
 def _packed(model: PreTrainedModel, mode: FakeTensorMode, batch: BatchShape) -> dict[str, Any]:
     """The batch as `models.packing` makes it, with nothing shared between its rows."""
     with mode:
-        packing = Packing(0, (batch.length,) * batch.rows, torch.device("cpu"))
+        rows = (batch.length,) * batch.rows
+        packing = Packing(rows, (-1,) * batch.rows, torch.device("cpu"))
         return {
             "input_ids": torch.zeros((1, packing.num_tokens), dtype=torch.long),
             "position_ids": packing.positions[None],

@@ -30,8 +30,9 @@ def test_it_measures_before_and_after(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "pairs.jsonl").write_text(text)
     output = tmp_path / "result.json"
     sizes = ["--pairs", "16", "--held-out", "8", "--texts", "2", "--tokens", "4"]
-    overrides = [f"model.ref={tmp_path / 'model'}", "max_steps=6", "lr=0.02"]
+    overrides = ["max_steps=6", "lr=0.02"]
     files = ["--data", str(tmp_path / "pairs.jsonl"), "--output", str(output)]
+    files += ["--model", str(tmp_path / "model"), "--rounds", "0"]
     monkeypatch.setattr(sys, "argv", ["preference.py", *files, *sizes, *overrides])
     sys.modules.pop("preference", None)
     importlib.import_module("preference").main()

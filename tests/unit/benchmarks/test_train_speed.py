@@ -35,7 +35,7 @@ def steps(*seconds: float) -> list[dict[str, float]]:
 
 
 def test_a_ratio_is_of_all_rows_and_its_spread_is_over_rounds(script) -> None:
-    ratio = script("train_speed")._ratio(steps(2, 4, 2), steps(6, 6, 6), 0)
+    ratio = script("train_speed").speed_ratio(steps(2, 4, 2), steps(6, 6, 6), 0)
     assert ratio["value"] == pytest.approx(18 / 8, abs=1e-3)
     assert ratio["median_round"] == 3.0
     assert 1.5 <= ratio["low"] < ratio["value"] < ratio["high"] <= 3.0
