@@ -115,7 +115,10 @@ def _learn(args: argparse.Namespace) -> dict[str, Any]:
         "config": config.to_dict(),
         "requests": list(rows)[: args.texts],
         "systems": systems,
-        "training": {"timing": result.record["timing"], "final": result.record.get("final")},
+        "training": {
+            "timing": result.record["timing"],
+            "final": result.record["metrics"]["final"],
+        },
     }
 
 

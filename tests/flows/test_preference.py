@@ -16,6 +16,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.errors import ConfigError, TrainingError
 from lorakit.methods.lora import LoraMethod
 from lorakit.train.config import TrainConfig
+from lorakit.train.objectives import preference_learner
 from lorakit.train.run import train
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -61,6 +62,19 @@ def test_it_learns_which_answer_is_preferred(directory: Path, name: str) -> None
     assert evals[-1]["eval_reward_margin"] > 0.05
     if name != "kto":
         assert evals[-1]["eval_reward_accuracy"] > 0.8
+        assert lines[0]["reward_accuracy"] == 0.5 or name == "orpo"
+    first, last = lines[0], evals[-1]
+    begun = first["logp_chosen"] - first["logp_rejected"]
+    assert last["eval_logp_chosen"] - last["eval_logp_rejected"] > begun
+    if name == "orpo":
+        assert "kl" not in lines[0]
+    else:
+        assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+        assert evals[-1]["eval_kl"] > 0.001
+        assert not any("kl" in line for line in lines[1:])
+    final = result.record["metrics"]["final"]
+    chosen = next(line for line in evals if line["step"] == final["step"])
+    assert final["eval_logp_chosen"] == chosen["eval_logp_chosen"]
     passport = json.loads((result.adapter / "lorakit.json").read_text())
     assert passport["preference"] == {"task": TASKS[name]["task"], "beta": 0.4}
 
@@ -101,6 +115,17 @@ def test_a_policy_that_does_not_begin_at_its_reference_is_refused(
         train(config_of(directory, "dpo", "moved"), say=lambda _line: None)
 
 
+def test_a_first_loss_that_is_not_log_2_is_an_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = preference_learner.dpo_losses
+    monkeypatch.setattr(
+        preference_learner, "dpo_losses", lambda *ratios, **options: 2 * wrong(*ratios, **options)
+    )
+    with pytest.raises(TrainingError, match="not log 2"):
+        train(config_of(directory, "dpo", "not-log-2"), say=lambda _line: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "where"),
     [
@@ -109,6 +134,7 @@ def test_a_policy_that_does_not_begin_at_its_reference_is_refused(
         ({"preference": {"loss": "ipo", "label_noise": 0.1}}, "preference.label_noise"),
         ({"preference": {"beta": 0}}, "preference.beta"),
         ({"preference": {"label_noise": 0.5}}, "preference.label_noise"),
+        ({"preference": {"desirable_from": 3}}, "preference.desirable_from"),
         ({"task": "kto", "preference": {}, "train": {"batch_size": 1}}, "train.batch_size"),
         ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing"),
     ],

@@ -14,6 +14,7 @@ from lorakit.data.hashes import template_hash, tokenizer_hash
 from lorakit.data.options import SftOptions
 from lorakit.data.preference_formats import (
     CHOSEN,
+    LABEL,
     REJECTED,
     has_pairs,
     read_pair,
@@ -122,6 +123,7 @@ def build_preferences(
     options: SftOptions,
     *,
     paired: bool,
+    desirable_from: float | None = None,
     label: str = "tokenising",
 ) -> PreferenceExamples:
     """Tokenise rows of preferences.
@@ -131,6 +133,7 @@ def build_preferences(
         tokenizer: not changed.
         options: how to render and how long.
         paired: keep chosen and rejected together; else every answer is an example of its own.
+        desirable_from: a verdict is a number, and this one and larger ones are good.
         label: of the progress bar.
 
     Raises:
@@ -138,7 +141,7 @@ def build_preferences(
     """
     if not len(rows):
         raise DataError("the data is empty", where=rows.source, found="0 rows")
-    builder = _Builder(rows, tokenizer, options, paired=paired)
+    builder = _Builder(rows, tokenizer, options, paired=paired, desirable_from=desirable_from)
     with progress(label, len(rows)) as bar:
         for start in range(0, len(rows), _CHUNK_ROWS):
             chunk = range(start, min(start + _CHUNK_ROWS, len(rows)))
@@ -149,12 +152,19 @@ def build_preferences(
 
 class _Builder:
     def __init__(
-        self, rows: Rows, tokenizer: PreTrainedTokenizerBase, options: SftOptions, *, paired: bool
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        options: SftOptions,
+        *,
+        paired: bool,
+        desirable_from: float | None,
     ) -> None:
         self._rows = rows
         self._tokenizer = tokenizer
         self._options = replace(options, last_turn_only=True)
         self._paired = paired
+        self._desirable_from = desirable_from
         self._has_pairs = has_pairs(rows[0], options)
         if paired and not self._has_pairs:
             raise DataError(
@@ -164,6 +174,14 @@ class _Builder:
                 found=f"columns: {', '.join(rows[0]) or 'none'}",
                 remedy="name your columns: columns: {chosen: ..., rejected: ...}; single answers "
                 "with a verdict are learned with task: kto",
+            )
+        if desirable_from is not None and self._has_pairs:
+            raise DataError(
+                "pairs have no ratings",
+                where=rows.origin(0),
+                expected=f"one answer and a number in the column {options.column(LABEL)!r}",
+                found=f"columns: {', '.join(rows[0])}",
+                remedy="remove preference.desirable_from",
             )
         self._renderer = Renderer(tokenizer, self._options)
         self._encoder = Encoder(tokenizer, add_eos=options.add_eos)
@@ -192,7 +210,8 @@ class _Builder:
         if self._has_pairs:
             chosen, rejected = read_pair(row, self._options, where)
             return [(chosen, True), (rejected, False)]
-        return [(read_single(row, self._options, where), read_verdict(row, self._options, where))]
+        verdict = read_verdict(row, self._options, where, desirable_from=self._desirable_from)
+        return [(read_single(row, self._options, where), verdict)]
 
     def _keep(self, index: int, verdicts: tuple[bool, ...], encoded: list[Encoded]) -> None:
         answers: list[Answer] = []

@@ -7,6 +7,7 @@ with are the prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -79,8 +80,16 @@ def read_single(row: Row, options: SftOptions, where: str) -> Content:
     return read_content(row, kind, options, where=where)
 
 
-def read_verdict(row: Row, options: SftOptions, where: str) -> bool:
-    """Whether a row's answer is desirable: true or false, or 1 or 0.
+def read_verdict(
+    row: Row, options: SftOptions, where: str, *, desirable_from: float | None = None
+) -> bool:
+    """Whether a row's answer is desirable.
+
+    Args:
+        row: says so with true or false, or 1 or 0.
+        options: they name the column.
+        where: the row's place.
+        desirable_from: the row has a number instead; this one and larger ones are desirable.
 
     Raises:
         DataError: it says neither.
@@ -89,6 +98,10 @@ def read_verdict(row: Row, options: SftOptions, where: str) -> bool:
     if column not in row:
         raise _missing(row, column, where)
     value = row[column]
+    if desirable_from is not None:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value >= desirable_from
+        raise wrong_kind(f"{where}, column {column!r}", "a number, to be rated by", value)
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
     raise wrong_kind(f"{where}, column {column!r}", "true or false", value)

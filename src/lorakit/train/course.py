@@ -127,12 +127,13 @@ class Course:
             load_state(self.method, model, self.store.require(chosen).path)
         lines = self.metrics.read()
         validated = next((n for n in lines if n["step"] == chosen and "eval_loss" in n), {})
-        names = [f"eval_{name}" for name in self.prepared.objective.metrics]
+        counted = ("eval_loss", "eval_s", f"eval_{self.prepared.objective.unit}")
+        names = [name for name in validated if name.startswith("eval_") and name not in counted]
         metrics = {
             "step": chosen,
             "train_loss": next(n["loss"] for n in lines if n["step"] == chosen and "loss" in n),
             "eval_loss": validated.get("eval_loss"),
-            **{name: validated[name] for name in names if name in validated},
+            **{name: validated[name] for name in names},
         }
         adapter = self.directory / ADAPTER
         self.method.save(model, adapter, {**self.passport, "metrics": metrics})

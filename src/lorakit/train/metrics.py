@@ -16,7 +16,7 @@ class MetricsLog:
     """Appends lines to a JSON-lines file.
 
     A training line has step, epoch, loss, grad_norm, lr, and num_tokens and step_s of this step; a
-    validation line has step, epoch, eval_loss, eval_tokens and eval_s.
+    validation line has step, epoch, eval_loss, eval_tokens and eval_s. Both have a task's metrics.
 
     Args:
         path: the file.

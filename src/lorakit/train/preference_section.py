@@ -15,6 +15,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "label_noise": ("dpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "desirable_from": ("kto",),
     "reference": ("dpo", "kto"),
     "cache_reference": ("dpo",),
 }
@@ -54,7 +55,13 @@ class PreferenceSection:
     undesirable_weight: float = field(
         default=1.0, metadata=_help("kto: weight of the loss of undesirable answers")
     )
-
+    desirable_from: float | None = field(
+        default=None,
+        metadata=_help(
+            "kto: the column label holds ratings, numbers, of which this one and larger ones are "
+            "desirable; null: it holds true or false"
+        ),
+    )
     reference: str | None = field(
         default=None,
         metadata=_help(

@@ -285,6 +285,7 @@ class AdapterTrainer(Trainer):
             "lr": logs["learning_rate"],
             "num_tokens": self._step_tokens,
             "step_s": step_s,
+            **self.learner.noted(),
         }
 
     def _stop_step(self, what: str, found: str) -> None:

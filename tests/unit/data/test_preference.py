@@ -134,6 +134,22 @@ def test_a_verdict_that_is_none_is_refused(
         build(tokenizer, row, paired=False)
 
 
+def test_ratings_are_cut_at_a_number(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"prompt": "w1", "completion": "w2", "label": n} for n in (1, 3, 3.5, 5)]
+
+    def rated(*rows: dict[str, Any], desirable_from: float) -> list[bool]:
+        options = {"paired": False, "desirable_from": desirable_from}
+        found = build_preferences(rows_of(*rows), tokenizer, SftOptions(), **options)
+        return [example.answers[0].desirable for example in found]
+
+    assert rated(*rows, desirable_from=3.5) == [False, False, True, True]
+    for value in (True, "5", None, float("nan")):
+        with pytest.raises(DataError, match="a number"):
+            rated({"prompt": "w1", "completion": "w2", "label": value}, desirable_from=2)
+    with pytest.raises(DataError, match="pairs have no ratings"):
+        rated(SAME_PAIR["texts"], desirable_from=2)
+
+
 @pytest.mark.parametrize("policy", ["cut", "drop", "error"])
 def test_too_long_answers(tokenizer: PreTrainedTokenizerFast, policy: Any) -> None:
     long = {"prompt": "w1 w2", "chosen": " ".join(["w3"] * 20), "rejected": "w5"}

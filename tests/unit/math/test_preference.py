@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lorakit.math.preference import dpo_losses, ipo_losses, kto_losses, orpo_penalties
+from lorakit.math.preference import dpo_losses, ipo_losses, kto_losses, orpo_penalties, token_kl
 
 CHOSEN = torch.tensor([0.7, -2.0, 0.0], dtype=torch.float64)
 REJECTED = torch.tensor([-0.4, 1.5, 0.0], dtype=torch.float64)
@@ -55,3 +55,13 @@ def test_kto_pulls_the_desirable_up_and_the_others_down() -> None:
     found.sum().backward()
     assert ratio.grad is not None
     assert ratio.grad[0] < 0 < ratio.grad[1]
+
+
+def test_kl_is_that_of_the_whole_distributions() -> None:
+    generator = torch.Generator().manual_seed(2)
+    one, two = (3 * torch.randn(150, 11, generator=generator) for _ in range(2))
+    p, q = one.double().softmax(-1), two.double().softmax(-1)
+    wanted = (p * (p.log() - q.log())).sum(-1)
+    torch.testing.assert_close(token_kl(one, two).double(), wanted, rtol=1e-4, atol=1e-5)
+    assert token_kl(one, one).abs().max() < 1e-6
+    assert token_kl(one[:0], two[:0]).shape == (0,)

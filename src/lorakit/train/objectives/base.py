@@ -78,7 +78,8 @@ class Validated:
     Attributes:
         loss: the mean loss, without label smoothing.
         num_items: what it is a mean over: learned tokens, or rows.
-        metrics: the task's metrics by name; higher is better.
+        metrics: by name: the task's own (`Objective.metrics`), of which higher is better, and what
+            else is worth a look.
     """
 
     loss: float
@@ -91,6 +92,10 @@ class Learner(Protocol):
 
     def loss(self, inputs: Inputs, *, num_items: Tensor | None, label_smoothing: float) -> Tensor:
         """The loss of a batch, a float32 scalar with gradient: summed, divided by `num_items`."""
+        ...
+
+    def noted(self) -> dict[str, float]:
+        """What the batches since the last call told beside their loss, for the step's line."""
         ...
 
     def validate(self, batches: Iterable[Inputs]) -> Validated:

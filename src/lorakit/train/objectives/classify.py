@@ -188,6 +188,10 @@ class ClassifyLearner:
             for share, part, labels in parts
         ]
 
+    def noted(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def validate(self, batches: Iterable[Inputs]) -> Validated:
         """Mean loss per row, and every metric of the task over all rows."""
         found = self.predict(batches)

@@ -1,9 +1,8 @@
-"""Preference tuning: DPO and IPO, ORPO, KTO."""
+"""Preference tuning: DPO and IPO, ORPO, KTO. What is learned by them; the loss is the learner's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,30 +10,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.adapters.attach import use
 from lorakit.adapters.bind import bind_adapter, plan_binding
 from lorakit.data.collate import PreferenceCollator
-from lorakit.data.encode import IGNORED
 from lorakit.data.preference import Judged, PreferenceExamples, build_preferences
 from lorakit.data.rows import Rows
-from lorakit.errors import TrainingError
-from lorakit.formatting import format_number
-from lorakit.math.preference import dpo_losses, ipo_losses, kto_losses, orpo_penalties
 from lorakit.methods.base import Method
 from lorakit.models.empty import empty_model
-from lorakit.models.label_head import LabelHead, LabelLogits, evaluating, require_head
+from lorakit.models.label_head import require_head
 from lorakit.train.beginning import BASE, read_reference
 from lorakit.train.config import TrainConfig
-from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
+from lorakit.train.objectives.base import LOSS, ExampleSet
 from lorakit.train.objectives.base_model import load_to_pack
-from lorakit.train.preference_section import PreferenceSection
+from lorakit.train.objectives.preference_learner import PreferenceLearner
 from lorakit.train.reference_cache import cached_reference
 
 # A prefix changes the model at once, so its policy does not begin at the reference.
 _CHANGE_AT_ONCE = ("prefix_embedding", "prefix_layer")
-# Per token, in nats; an adapter that adds nothing gives the same bits, a changed base rounds.
-_START_TOLERANCE = 1e-3
-_START_TOLERANCE_HALF = 5e-2
 # The name of the adapter that the policy is compared with.
 REFERENCE = "reference"
 
@@ -84,7 +75,12 @@ class PreferenceObjective:
     def build(self, rows: Rows, *, label: str) -> PreferenceExamples:
         """See `lorakit.data.preference.build_preferences`."""
         return build_preferences(
-            rows, self._tokenizer, self._config.data, paired=self._paired, label=label
+            rows,
+            self._tokenizer,
+            self._config.data,
+            paired=self._paired,
+            desirable_from=self._config.preference.desirable_from,
+            label=label,
         )
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
@@ -159,182 +155,3 @@ class PreferenceObjective:
             and self._reference.is_start
             and method.name not in _CHANGE_AT_ONCE,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """Log-probabilities of the answers of a batch, each (answers,) in nats."""
-
-    policy: Tensor
-    reference: Tensor | None
-    num_tokens: Tensor
-
-    @property
-    def ratio(self) -> Tensor:
-        """Policy less reference."""
-        if self.reference is None:
-            raise ValueError("this task has no reference")
-        return self.policy - self.reference
-
-
-class PreferenceLearner:
-    """The loss of a policy beside its reference: the same model with another adapter, or none.
-
-    Args:
-        model: with the method attached; trained in place by whoever steps.
-        method: what is trained.
-        task: dpo, orpo or kto.
-        options: beta and the like.
-        reference: the adapter's name on the model; None for the model with the method switched off.
-        begins_at_reference: whether the first batch must find policy and reference the same.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        method: Method,
-        *,
-        task: str,
-        options: PreferenceSection,
-        reference: str | None,
-        begins_at_reference: bool,
-    ) -> None:
-        self.label_head = LabelHead(model)
-        self._model = model
-        self._method = method
-        self._task = task
-        self._options = options
-        self._named = reference
-        self._to_check = begins_at_reference and task != "orpo"
-
-    def loss(self, inputs: Inputs, *, num_items: Tensor | None, label_smoothing: float) -> Tensor:
-        """Summed over pairs or answers and divided by those of the whole step.
-
-        Raises:
-            TrainingError: the policy does not begin at the reference.
-        """
-        if self._to_check:
-            self._check_start(inputs)
-        losses = self._losses(inputs, self._answers(inputs))
-        return losses.sum() / (len(losses) if num_items is None else num_items.to(losses.device))
-
-    def validate(self, batches: Iterable[Inputs]) -> Validated:
-        """Mean loss; how often, and by how much, the better answer has the higher reward."""
-        losses: list[Tensor] = []
-        rewards: list[Tensor] = []
-        desirable: list[Tensor] = []
-        wins: list[Tensor] = []
-        for inputs in batches:
-            answers = self._answers(inputs)
-            losses.append(self._losses(inputs, answers))
-            reward = self._rewards(answers)[: len(inputs["desirable"])]
-            rewards.append(reward)
-            desirable.append(inputs["desirable"].to(reward.device))
-            if self._task != "kto":
-                chosen, rejected = reward.chunk(2)
-                # A tie is half a win: before the first step policy and reference are the same.
-                wins.append((chosen > rejected).double() + 0.5 * (chosen == rejected).double())
-        all_losses, reward, good = (
-            torch.cat(losses),
-            torch.cat(rewards).double(),
-            torch.cat(desirable),
-        )
-        metrics = {"reward_margin": float(reward[good].mean() - reward[~good].mean())}
-        if wins:
-            metrics["reward_accuracy"] = float(torch.cat(wins).mean())
-        return Validated(
-            loss=float(all_losses.double().mean()), num_items=len(all_losses), metrics=metrics
-        )
-
-    def _losses(self, inputs: Inputs, answers: _Answers) -> Tensor:
-        """(pairs,) or (answers,) float32."""
-        beta = self._options.beta
-        if self._task == "orpo":
-            chosen, rejected = (answers.policy / answers.num_tokens).chunk(2)
-            return -chosen + beta * orpo_penalties(chosen, rejected)
-        if self._task == "kto":
-            return self._kto(inputs["desirable"], answers)
-        if self._options.loss == "ipo":
-            chosen, rejected = (answers.ratio / answers.num_tokens).chunk(2)
-            return ipo_losses(chosen, rejected, beta=beta)
-        chosen, rejected = answers.ratio.chunk(2)
-        smoothing = self._options.label_noise
-        return dpo_losses(chosen, rejected, beta=beta, label_smoothing=smoothing)
-
-    def _kto(self, desirable: Tensor, answers: _Answers) -> Tensor:
-        ratio, mismatched = answers.ratio.chunk(2)
-        kl = mismatched.detach().mean().clamp(min=0)
-        good = desirable.to(ratio.device)
-        options = self._options
-        weight = torch.where(good, options.desirable_weight, options.undesirable_weight)
-        return weight * kto_losses(ratio, good, kl, beta=options.beta)
-
-    def _rewards(self, answers: _Answers) -> Tensor:
-        """What a policy implicitly values an answer at, (answers,)."""
-        if answers.reference is None:
-            return self._options.beta * answers.policy / answers.num_tokens
-        return self._options.beta * answers.ratio
-
-    def _answers(self, inputs: Inputs) -> _Answers:
-        batch = _model_inputs(inputs)
-        reference = None if self._task == "orpo" else self.reference(inputs)
-        num_rows = len(batch["labels"])
-        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum(1)
-        if self._task == "kto" and torch.is_grad_enabled():
-            policy = self._kto_policy(batch, num_rows)
-        else:
-            policy = _logps(self.label_head.logits(batch), num_rows)
-        return _Answers(policy, reference, num_tokens.to(policy.device))
-
-    def _kto_policy(self, batch: dict[str, Tensor], num_rows: int) -> Tensor:
-        """The answers with gradient; the mismatched ones behind them without."""
-        half = num_rows // 2
-        parts = [
-            {k: v[rows] for k, v in batch.items()} for rows in (slice(half), slice(half, None))
-        ]
-        with torch.no_grad():
-            mismatched = _logps(self.label_head.logits(parts[1]), half)
-        return torch.cat([_logps(self.label_head.logits(parts[0]), half), mismatched])
-
-    def reference(self, inputs: Inputs) -> Tensor:
-        """(answers,) in nats, without gradient and without dropout; known already, or computed."""
-        if "reference" in inputs:
-            return inputs["reference"]
-        batch, model = _model_inputs(inputs), self._model
-        off = self._method.disabled(model) if self._named is None else use(model, self._named)
-        with torch.no_grad(), evaluating(model), off:
-            return _logps(self.label_head.logits(batch), len(batch["labels"]))
-
-    def _check_start(self, inputs: Inputs) -> None:
-        """The policy must begin at the reference: distance 0, and so a DPO loss of log 2.
-
-        Otherwise what is called the reference is another model than the one that is trained, and
-        every reward is measured from the wrong place.
-        """
-        self._to_check = False
-        batch = _model_inputs(inputs)
-        with torch.no_grad(), evaluating(self._model):
-            policy = _logps(self.label_head.logits(batch), len(batch["labels"]))
-        num_tokens = (batch["labels"][:, 1:] != IGNORED).sum(1).to(policy.device)
-        distance = float(((policy - self.reference(inputs)).abs() / num_tokens).max())
-        half = torch.is_autocast_enabled(policy.device.type) or any(
-            p.dtype != torch.float32 for p in self._model.parameters()
-        )
-        allowed = _START_TOLERANCE_HALF if half else _START_TOLERANCE
-        if not distance <= allowed:
-            raise TrainingError(
-                "the policy does not begin at its reference",
-                where=f"the first batch of task {self._task}",
-                expected=f"log-probabilities that agree to {allowed:g} nats per token",
-                found=format_number(distance),
-                remedy="train a method that leaves the model as it was at the start",
-            )
-
-
-def _model_inputs(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-
-
-def _logps(found: LabelLogits, num_rows: int) -> Tensor:
-    """Log-probability of each row's answer, (num_rows,) float32 in nats."""
-    return -found.row_nll(num_rows)

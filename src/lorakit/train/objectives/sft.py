@@ -106,6 +106,10 @@ class SftLearner:
         """See `lorakit.models.label_head.LabelHead.losses`."""
         return self.label_head.losses(inputs, shares)
 
+    def noted(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def validate(self, batches: Iterable[Inputs]) -> Validated:
         """Mean cross-entropy per label."""
         total, num_labels = 0.0, 0
