@@ -62,21 +62,6 @@ def test_it_learns_which_answer_is_preferred(directory: Path, name: str) -> None
     assert evals[-1]["eval_reward_margin"] > 0.05
     if name != "kto":
         assert evals[-1]["eval_reward_accuracy"] > 0.8
-    if name == "orpo":
-        assert "kl" not in lines[0]
-    else:
-        assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
-        assert evals[-1]["eval_kl"] > 0.001
-        assert not any("kl" in line for line in lines[1:])
-        # What is left without the reward is the reference's, which does not change.
-        gaps = [e["eval_logp_chosen"] - e["eval_logp_rejected"] for e in evals]
-        margins = [e["eval_reward_margin"] / 0.4 for e in evals]
-        of_reference = [gap - margin for gap, margin in zip(gaps, margins, strict=True)]
-        assert of_reference == pytest.approx([of_reference[0]] * len(evals), abs=1e-3)
-        assert len(evals) > 1
-    final = result.record["metrics"]["final"]
-    chosen = next(line for line in evals if line["step"] == final["step"])
-    assert final["eval_logp_chosen"] == chosen["eval_logp_chosen"]
     passport = json.loads((result.adapter / "lorakit.json").read_text())
     assert passport["preference"] == {"task": TASKS[name]["task"], "beta": 0.4}
 
