@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lorakit.data.classify_options import CLASSIFY_ROLES, ClassifyOptions
 from lorakit.data.options import PREFERENCE_ROLES, SFT_ROLES, SftOptions
@@ -43,7 +44,9 @@ def require(fits: bool, where: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection(SftOptions):
-    """The rows, and how they become examples."""
+    """The rows, and how they become examples; a bare string stands for `train`."""
+
+    SHORTHAND: ClassVar[str] = "train"
 
     train: str = field(
         metadata=_help("training rows: jsonl, csv or parquet file, directory, or hub id")

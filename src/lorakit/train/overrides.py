@@ -99,6 +99,14 @@ def _resolve(name: str, names: Sequence[str], aliases: Mapping[str, str], *, sec
             expected="one of " + ", ".join(fitting),
             remedy="write the full name",
         )
+    inside = [full for full in names if full.startswith(f"{name}.")]
+    if inside:
+        raise ConfigError(
+            f"{name!r} is a section, not a key",
+            where=name,
+            expected=f"one of its keys: {', '.join(inside[:4])}, ...",
+            remedy="list them with: lorakit train --fields",
+        )
     # The last part first: against full names a short one is close to whatever is short too.
     last = name.rpartition(".")[2]
     leaves = [full.rpartition(".")[2] for full in names]

@@ -74,7 +74,7 @@ def test_plain_values_round_trip(write, tmp_path):
 def test_overrides_win_by_full_name_or_unique_leaf(write):
     config = TrainConfig.from_yaml(
         write(MINIMAL),
-        ["train.lr=3e-5", "r=2", "model=other", "model.dtype=bfloat16", "data.train=b.csv"],
+        ["train.lr=3e-5", "r=2", "model=other", "model.dtype=bfloat16", "data=b.csv"],
     )
     assert (config.train.lr, config.lora.r) == (3e-5, 2)
     assert (config.model.ref, config.model.dtype) == ("other", "bfloat16")
@@ -96,6 +96,7 @@ def test_an_override_does_not_change_the_values_it_was_given():
 WRONG = {
     "unknown top key": (["trian.lr=1"], ConfigError, "train.lr"),
     "leaf of a section": (["train.lrr=1"], ConfigError, "train.lr'"),
+    "a section": (["lora=8"], ConfigError, "lora.r, "),
     "leaf alone": (["lrr=1"], ConfigError, "train.lr'"),
     "nothing near": (["qqqqqqqq=1"], ConfigError, "lorakit train --fields"),
     "unknown leaf": (["batchsize=1"], ConfigError, "batch_size"),
