@@ -88,6 +88,11 @@ def test_start_ask_with_curl_and_stop_in_order(process: subprocess.Popen[str]) -
     load = json.dumps({"lora_name": "sql-v2", "lora_path": "sql"})
     assert "Success" in curl(f"{url}/v1/load_lora_adapter", *as_json, load, key="root")
 
+    # Headers without an end are refused, whichever parsers are installed beside ours.
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as line:
+        line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + 200_000 * b"a")
+        assert line.recv(100).startswith(b"HTTP/1.1 400")
+
     # Six answers, one after the other: the signal comes in the middle.
     long = {"model": "sql-v2", "prompt": "a", "max_tokens": 60, "n": 6, "ignore_eos": True}
     asked = json.dumps({**long, "stream": True})

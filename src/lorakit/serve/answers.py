@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lorakit.serve.openai_errors import ApiError, from_lorakit
-from lorakit.serve.request import Event, FinishedEvent, TokenEvent, TokenLogprob
+from lorakit.serve.request import Event, FinishedEvent, TokenEvent, TokenLogprob, TopToken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +95,12 @@ def whole_body(head: Head, choices: Sequence[Choice], num_prompt_tokens: int) ->
 def _whole_choice(head: Head, index: int, choice: Choice) -> dict[str, Any]:
     text = "".join(choice.text)
     reason = choice.end.reason if choice.end is not None else None
-    body: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+    body: dict[str, Any] = {
+        "index": index,
+        "finish_reason": reason,
+        "stop_reason": choice.end.stop_text if choice.end is not None else None,
+        "logprobs": None,
+    }
     if head.kind == "chat":
         body["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
@@ -137,8 +142,8 @@ class StreamShape:
         if error is not None:
             yield error.body()
             return
-        empty: dict[str, Any] = {"delta": {}} if self._head.kind == "chat" else {"text": ""}
-        yield self._chunk(index, empty, reason=event.reason)
+        last: dict[str, Any] = {"delta": {}} if self._head.kind == "chat" else {"text": ""}
+        yield self._chunk(index, {**last, "stop_reason": event.stop_text}, reason=event.reason)
 
     def closing(self) -> Iterable[dict[str, Any]]:
         """The usage, if it was asked for."""
@@ -186,19 +191,21 @@ def _logprobs(head: Head, tokens: Sequence[TokenLogprob], offset: int) -> dict[s
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{top.text: top.logprob for top in token.top} for token in tokens],
+        "top_logprobs": [_top_of_text(token) for token in tokens],
         "text_offset": offsets,
     }
 
 
+def _top_of_text(token: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens and, as OpenAI's API has it, the chosen one among them."""
+    return {**{top.text: top.logprob for top in token.top}, token.text: token.logprob}
+
+
 def _chat_logprob(token: TokenLogprob) -> dict[str, Any]:
-    return {
-        **_one(token.text, token.logprob),
-        "top_logprobs": [_one(top.text, top.logprob) for top in token.top],
-    }
+    return {**_one(token), "top_logprobs": [_one(top) for top in token.top]}
 
 
-def _one(text: str, logprob: float) -> dict[str, Any]:
-    # Half a character is U+FFFD as text: its bytes would be those of the replacement.
-    whole = "\ufffd" not in text
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+def _one(token: TokenLogprob | TopToken) -> dict[str, Any]:
+    # Half a character is U+FFFD as text: its bytes say what it is half of.
+    raw = None if token.raw is None else list(token.raw)
+    return {"token": token.text, "logprob": token.logprob, "bytes": raw}

@@ -26,7 +26,10 @@ def adapter_in(directory: Path) -> Path | None:
 
 
 def adapter_inside(root: Path | None, path: str) -> Path:
-    """The real directory of an adapter that a request names relative to the adapters' directory.
+    """The real directory of an adapter that a request names.
+
+    A relative path counts from the adapters' directory; an absolute one, as clients of vLLM send,
+    must lead into it.
 
     Args:
         root: the adapters' directory; None where the server has none.
@@ -37,13 +40,13 @@ def adapter_inside(root: Path | None, path: str) -> Path:
         with safetensors in it; every file that will be read lies inside `root` too.
 
     Raises:
-        AdapterFileError: it is absolute, holds `..`, leads out by a link, or holds no adapter.
+        AdapterFileError: it leads out, by itself or by a link, holds `..`, or holds no adapter.
     """
     if root is None:
         raise AdapterFileError(
             "this server has no directory of adapters", remedy="start it with --adapters DIR"
         )
-    if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+    if "\0" in path or ".." in Path(path).parts:
         raise _outside()
     real_root = root.resolve()
     directory = (real_root / path).resolve()
@@ -67,5 +70,5 @@ def adapter_inside(root: Path | None, path: str) -> Path:
 def _outside() -> AdapterFileError:
     return AdapterFileError(
         "the path leads out of the directory of adapters",
-        expected="a path relative to --adapters DIR, without .. and without links out of it",
+        expected="a path below --adapters DIR, without .. and without links out of it",
     )

@@ -238,13 +238,19 @@ class Engine:
                 expected=f"ids from 0 to {width - 1}",
                 found=str(next(t for t in request.prompt_ids if not 0 <= t < width)),
             )
+        if any(token >= width for token in options.logit_bias):
+            raise RequestError(
+                "logit_bias names a token that the model does not know",
+                expected=f"ids from 0 to {width - 1}",
+                found=str(max(options.logit_bias)),
+            )
         schema = options.json_schema
         constraint = None if schema is None else self._constrainer.constraint(schema)
         row = Row(
             request=request,
             wanted=self.pool.resolve(request.adapter),
             on_event=on_event,
-            sampler=RowSampler(options, constraint),
+            sampler=RowSampler(options, constraint, prompt=request.prompt_ids),
             tokenizer=self._tokenizer,
             limit=room,
         )

@@ -13,6 +13,8 @@ from lorakit.serve.engine import Engine
 from lorakit.serve.request import FinishedEvent
 
 BASE = "base"
+# Weighted sums of adapters, all of them; no adapter's name has brackets.
+COMPOSED = "(composed)"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
@@ -63,7 +65,7 @@ class Metrics:
         """Count one answer.
 
         Args:
-            adapter: the label of what answered; "" for the base.
+            adapter: the name of what answered; "" for the base.
             end: its last event.
         """
         name = adapter or BASE

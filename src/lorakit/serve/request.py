@@ -25,8 +25,15 @@ class SamplingOptions:
         temperature: 0 takes the most likely token; else logits are divided by it.
         top_p: the smallest set of tokens whose probabilities reach this sum is kept.
         top_k: this many most likely tokens are kept; 0 keeps all.
+        min_p: tokens are kept whose probability is at least this share of the likeliest one's.
+        frequency_penalty: taken from a token's logit for each time the answer holds it.
+        presence_penalty: taken from a token's logit once the answer holds it.
+        repetition_penalty: logits of what prompt or answer hold are divided (above zero) or
+            multiplied (below) by it.
+        logit_bias: token id -> what is added to its logit.
         seed: two requests of one seed draw the same numbers, in whatever batch; None draws one.
         stop: the answer ends in front of the first of these texts.
+        stop_token_ids: the answer ends in front of any of these tokens.
         logprobs: None for none; 0 for the chosen token's alone; n for the n most likely beside it.
         json_schema: the answer is a JSON document of this schema.
         ignore_eos: go on to max_tokens whatever the model says (for measurements).
@@ -39,8 +46,14 @@ class SamplingOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     ignore_eos: bool = False
@@ -52,6 +65,7 @@ class SamplingOptions:
         _check("temperature", self.temperature, "from 0 to 10", in_range)
         _check("top_p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1)
         _check("top_k", self.top_k, "0 (all) or more", self.top_k >= 0)
+        self._check_penalties()
         in_range = self.seed is None or -(2**63) <= self.seed < 2**63
         _check("seed", self.seed, "a number of 64 bits", in_range)
         _check("stop", self.stop, "texts that are not empty", all(self.stop))
@@ -59,6 +73,17 @@ class SamplingOptions:
         _check("logprobs", self.logprobs, f"from 0 to {MAX_LOGPROBS}", in_range)
         both = self.json_schema is not None and self.ignore_eos
         _check("ignore_eos", self.ignore_eos, "False beside a json_schema", not both)
+
+    def _check_penalties(self) -> None:
+        _check("min_p", self.min_p, "from 0 to 1", 0 <= self.min_p <= 1)
+        value = self.frequency_penalty
+        _check("frequency_penalty", value, "from -2 to 2", -2 <= value <= 2)
+        value = self.presence_penalty
+        _check("presence_penalty", value, "from -2 to 2", -2 <= value <= 2)
+        value = self.repetition_penalty
+        _check("repetition_penalty", value, "above 0", math.isfinite(value) and value > 0)
+        good = all(abs(bias) <= 100 and token >= 0 for token, bias in self.logit_bias.items())
+        _check("logit_bias", self.logit_bias, "token ids with numbers from -100 to 100", good)
 
 
 def _check(name: str, value: object, expected: str, good: bool) -> None:
@@ -87,11 +112,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TopToken:
-    """One of the most likely tokens at a place, and log p of it."""
+    """One of the most likely tokens at a place, log p of it, and its bytes if they are known."""
 
     token_id: int
     text: str
     logprob: float
+    raw: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +128,14 @@ class TokenLogprob:
         token_id: the chosen token.
         text: it alone, decoded; half a character becomes U+FFFD.
         logprob: natural logarithm of its probability.
+        raw: its bytes, where half a character too has its own; None where they are not known.
         top: the most likely tokens, best first, as many as were asked for.
     """
 
     token_id: int
     text: str
     logprob: float
+    raw: bytes | None = None
     top: tuple[TopToken, ...] = ()
 
 

@@ -26,7 +26,7 @@ from lorakit.serve.request import (
 )
 from lorakit.serve.sampler import Chosen, RowSampler
 from lorakit.serve.served import ServedAdapter
-from lorakit.serve.text import TextStream
+from lorakit.serve.text import TextStream, token_bytes
 
 _log = logging.getLogger("lorakit.serve")
 
@@ -88,7 +88,8 @@ class Row:
             self._first = time.monotonic()
         options = self.request.sampling
         self.generated.append(chosen.token)
-        if chosen.token in ends and not options.ignore_eos:
+        ended = chosen.token in ends and not options.ignore_eos
+        if ended or chosen.token in options.stop_token_ids:
             self._emit(self._text.finish())
             return "stop"
         self._pending.append(chosen.token)
@@ -148,5 +149,10 @@ class Row:
             assert isinstance(text, str)
             return text
 
-        top = tuple(TopToken(token, alone(token), value) for token, value in chosen.top)
-        return TokenLogprob(chosen.token, alone(chosen.token), logprob, top)
+        def described(token: int, value: float) -> TopToken:
+            text = alone(token)
+            return TopToken(token, text, value, token_bytes(self.tokenizer, token, text))
+
+        top = tuple(described(token, value) for token, value in chosen.top)
+        own = described(chosen.token, logprob)
+        return TokenLogprob(own.token_id, own.text, logprob, own.raw, top)

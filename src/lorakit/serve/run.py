@@ -88,7 +88,9 @@ def run_server(
     start_logs(options.log)
     config = uvicorn.Config(
         create_app(service),
+        # Whatever else is installed: one event loop, and one parser, with its limit on headers.
         loop="asyncio",
+        http="h11",
         log_config=None,
         access_log=False,
         server_header=False,

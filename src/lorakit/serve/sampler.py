@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import LorakitError, ServeError
+from lorakit.serve.adjust import Adjustments, needs_adjusting
 from lorakit.serve.request import SamplingOptions
 
 # Sorting a whole vocabulary costs more than the forward pass of a small model; nearly always the
@@ -40,11 +41,22 @@ class RowSampler:
     Args:
         options: the request's.
         constraint: what may come next, or None for anything.
+        prompt: the request's tokens; for its penalty on repetition.
+
+    Attributes:
+        adjustments: its changes to the logits, or None for none.
     """
 
-    def __init__(self, options: SamplingOptions, constraint: Constraint | None = None) -> None:
+    def __init__(
+        self,
+        options: SamplingOptions,
+        constraint: Constraint | None = None,
+        *,
+        prompt: Sequence[int] = (),
+    ) -> None:
         self.options = options
         self.constraint = constraint
+        self.adjustments = Adjustments(options, prompt) if needs_adjusting(options) else None
         self._random = random.Random(options.seed)
 
     def uniform(self) -> float:
@@ -94,6 +106,8 @@ def choose(logits: Tensor, rows: Sequence[RowSampler]) -> list[Chosen | LorakitE
             )
             continue
         token = greedy[i] if row.options.temperature == 0 else _sample(allowed[i], row)
+        if row.adjustments is not None:
+            row.adjustments.note(token)
         try:
             if row.constraint is not None:
                 row.constraint.accept(token)
@@ -105,11 +119,13 @@ def choose(logits: Tensor, rows: Sequence[RowSampler]) -> list[Chosen | LorakitE
 
 
 def _allowed(scores: Tensor, rows: Sequence[RowSampler]) -> Tensor:
-    """The scores with minus infinity where a row's constraint rules a token out."""
-    if all(row.constraint is None for row in rows):
+    """The scores with a row's bias and penalties, and minus infinity where it may not go."""
+    if all(row.constraint is None and row.adjustments is None for row in rows):
         return scores
     allowed = scores.clone()
     for i, row in enumerate(rows):
+        if row.adjustments is not None:
+            row.adjustments.apply(allowed[i])
         if row.constraint is not None:
             mask = row.constraint.allowed()[: scores.shape[1]].to(scores.device)
             allowed[i, : len(mask)].masked_fill_(~mask, float("-inf"))
@@ -133,6 +149,9 @@ def _sample(scores: Tensor, row: RowSampler) -> int:
     """Inverse transform sampling from the tokens that top_k and top_p keep."""
     options = row.options
     scaled = (scores / options.temperature).double()
+    if options.min_p > 0:
+        least = scaled.max() + math.log(options.min_p)
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
     if options.top_k == 0 and options.top_p == 1.0:
         return _draw(scaled.softmax(-1), None, row.uniform())
     count = len(scaled) if options.top_k == 0 else min(options.top_k, len(scaled))

@@ -1,6 +1,7 @@
 """The bodies of OpenAI's interface that this server reads; what it does not do is refused by name.
 
-Fields and limits as in OpenAI's API reference; `top_k`, `ignore_eos` and `adapters` are ours. A key
+Fields and limits as in OpenAI's API reference; `adapters` is ours; `top_k`, `min_p`,
+`repetition_penalty`, `stop_token_ids` and `ignore_eos` are vLLM's. A key
 that nobody knows is an error, because a misspelt option would otherwise be ignored in silence.
 """
 
@@ -18,6 +19,7 @@ _MAX_SEED = 2**63 - 1
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(allow_inf_nan=False, ge=-100, le=100)]
 
 
 class Body(BaseModel):
@@ -124,9 +126,12 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
-    frequency_penalty: Finite | None = None
-    presence_penalty: Finite | None = None
-    logit_bias: dict[str, Finite] | None = None
+    min_p: Finite | None = Field(default=None, ge=0, le=1)
+    frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: Finite | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[TokenId, Bias] | None = Field(default=None, max_length=1024)
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -144,13 +149,6 @@ class GenerationBody(Body):
 
     @model_validator(mode="after")
     def _only_what_is_done(self) -> GenerationBody:
-        refused = [
-            key
-            for key in ("frequency_penalty", "presence_penalty", "logit_bias")
-            if getattr(self, key)
-        ]
-        if refused:
-            raise ValueError(f"{refused[0]} is not supported by this server")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         return self

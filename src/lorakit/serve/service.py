@@ -17,7 +17,7 @@ from lorakit.errors import AdapterFileError, BaseMismatchError, QueueFullError, 
 from lorakit.serve.answers import Choice, Head, failure
 from lorakit.serve.auth import Keys
 from lorakit.serve.engine import Engine
-from lorakit.serve.metrics import BASE, Metrics
+from lorakit.serve.metrics import BASE, COMPOSED, Metrics
 from lorakit.serve.openai_errors import ApiError, from_lorakit
 from lorakit.serve.prompts import Prompts
 from lorakit.serve.request import (
@@ -131,10 +131,10 @@ class Service:
 
     def no_such_model(self, name: str, error: UnknownAdapterError | None = None) -> ApiError:
         """The 404 of a name that is not served."""
-        hint = f"; {error.remedy}" if error is not None and error.remedy else ""
+        near = f"; near it: {error.found}" if error is not None and error.found else ""
         return ApiError(
             404,
-            f"there is no model {name[:200]!r}; GET /v1/models lists them{hint}",
+            f"there is no model {name[:200]!r}; GET /v1/models lists them{near}",
             code="model_not_found",
             param="model",
         )
@@ -152,8 +152,14 @@ class Service:
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=top_k,
+            min_p=body.min_p or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            repetition_penalty=body.repetition_penalty or 1.0,
+            logit_bias=body.logit_bias or {},
             seed=body.seed,
             stop=body.stop_strings(),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
             logprobs=body.num_logprobs(),
             json_schema=None if form is None else form.schema_to_follow(),
             ignore_eos=body.ignore_eos,
@@ -217,9 +223,11 @@ class Service:
                     )
                 )
         label = adapter_label(target.choice)
+        # Weights are the client's: a label of its own for each would grow without end.
+        counted = COMPOSED if isinstance(target.choice, Mapping) else label
 
         def finished(end: FinishedEvent) -> None:
-            self.metrics.finished(label, end)
+            self.metrics.finished(counted, end)
             facts.update(_facts_of_end(label, end))
 
         answers = Answers(self.engine, requests, finished)

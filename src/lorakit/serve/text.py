@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,32 @@ _HALF = "�"
 # A token of one byte is the least there is: a character has four, and some tokenizers write a
 # space in front of the first.
 _CONTEXT = 6
+
+
+_WRITTEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_NOT_WRITTEN = [byte for byte in range(256) if byte not in _WRITTEN]
+# The letters in which byte-level tokenizers write bytes (GPT-2's table, which all of them share).
+_BYTES = {chr(byte): byte for byte in _WRITTEN}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(_NOT_WRITTEN)}
+_ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> bytes | None:
+    """The bytes of one token, of half a character too; None where its tokenizer does not say them.
+
+    Args:
+        tokenizer: the model's.
+        token: its id.
+        text: it alone, decoded.
+    """
+    if _HALF not in text:
+        return text.encode()
+    raw = tokenizer.convert_ids_to_tokens(token)
+    assert isinstance(raw, str)
+    one = _ONE_BYTE.fullmatch(raw)
+    if one is not None:
+        return bytes.fromhex(one[1])
+    return bytes(_BYTES[letter] for letter in raw) if all(c in _BYTES for c in raw) else None
 
 
 class TextStream:

@@ -118,9 +118,13 @@ class TestConfinement:
         with pytest.raises(AdapterFileError, match="leads out"):
             adapter_inside(places[0], path)
 
-    def test_an_absolute_path_is_refused_even_inside(self, places: tuple[Path, Path]) -> None:
-        with pytest.raises(AdapterFileError, match="leads out"):
-            adapter_inside(places[0], str(places[0] / "sql"))
+    def test_an_absolute_path_leads_in_or_is_refused(self, places: tuple[Path, Path]) -> None:
+        root, outside = places
+        assert adapter_inside(root, str(root / "sql")) == root / "sql"
+        (root / "link").symlink_to(outside)
+        for path in (root, outside, root / "link", root / "sql" / ".." / ".." / "outside"):
+            with pytest.raises(AdapterFileError, match="leads out"):
+                adapter_inside(root, str(path))
 
     def test_links_out(self, places: tuple[Path, Path]) -> None:
         root, outside = places

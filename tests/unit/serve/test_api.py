@@ -124,9 +124,10 @@ def test_logprobs_are_of_the_chosen_token_and_the_best_ones(service: Service) ->
         assert [t["logprob"] for t in best] == sorted((t["logprob"] for t in best), reverse=True)
         # Temperature 0: the chosen token is the best one.
         assert math.isclose(token["logprob"], best[0]["logprob"], abs_tol=1e-5)
-        # Half a character has a text of its own (U+FFFD) and no bytes that would say so.
+        # One token per byte: half a character has U+FFFD as its text, and its own byte.
         half = "\ufffd" in token["token"]
-        assert token["bytes"] == (None if half else list(token["token"].encode()))
+        assert half or token["bytes"] == list(token["token"].encode())
+        assert len(token["bytes"]) == 1 or not half
     assert chat(service, model="sql")["choices"][0]["logprobs"] is None
 
 
@@ -161,6 +162,42 @@ def test_a_stop_string_ends_the_answer_in_front_of_it(service: Service) -> None:
     answer = chat(service, max_tokens=30, stop=[stop])
     assert said(answer) == whole[: whole.index(stop)]
     assert answer["choices"][0]["finish_reason"] == "stop"
+    # vLLM's key: which of them it was.
+    assert answer["choices"][0]["stop_reason"] == stop
+    assert chat(service, max_tokens=2)["choices"][0]["stop_reason"] is None
+    body = {"model": "tiny", "messages": TURNS, "max_tokens": 30, "temperature": 0, "stop": stop}
+    chunks: list[dict[str, Any]] = tiny_server.events(
+        ask(service, CHAT, {**body, "stream": True}).text
+    )
+    assert chunks[-1]["choices"][0]["stop_reason"] == stop
+
+
+def test_a_bias_and_a_penalty_change_the_answer(service: Service) -> None:
+    letter = 6 + 2  # "c": the letters follow the six special tokens
+    assert said(chat(service, logit_bias={str(letter): 100})) == "c" * 12
+    ended = chat(service, logit_bias={str(letter): 100}, stop_token_ids=[letter])
+    assert (said(ended), ended["choices"][0]["finish_reason"]) == ("", "stop")
+    long = {"max_tokens": 60, "ignore_eos": True}
+    varied = said(chat(service, frequency_penalty=2.0, logit_bias={str(letter): 12}, **long))
+    assert 1 < varied.count("c") < 60
+    for option in ({"presence_penalty": 2.0}, {"repetition_penalty": 9.0}):
+        # A token of the answer before loses to others once it is there.
+        assert said(chat(service, **long, **option)) != said(chat(service, **long))
+
+
+def test_completions_name_the_chosen_token_among_the_best(service: Service) -> None:
+    body = {"model": "sql", "prompt": "ab", "max_tokens": 60, "logprobs": 1, "seed": 2}
+    (choice,) = ask(service, TEXT, {**body, "ignore_eos": True}).json()["choices"]
+    logprobs = choice["logprobs"]
+    found = zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    )
+    sizes = set()
+    for token, logprob, best in found:
+        assert best[token] == pytest.approx(logprob)
+        sizes.add(len(best))
+    # OpenAI: up to one more than asked for, where the chosen one is not among the best.
+    assert sizes == {1, 2}
 
 
 def test_json_answers_follow_their_schema(service: Service) -> None:
@@ -192,6 +229,9 @@ def test_names_that_are_not_served_are_404(service: Service) -> None:
         assert (status, error["code"]) == (404, "model_not_found")
     status, error = refused(service, adapters={"nobody": 1.0})
     assert status == 404
+    _, error = refused(service, model="sqll")
+    assert "near it: sql" in error["message"]
+    assert error["message"].count("GET /v1/models") == 1
 
 
 def test_a_broken_adapter_is_refused_with_the_reason_and_the_others_go_on(service: Service) -> None:
@@ -217,7 +257,11 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("many choices", {"n": 1000}, "n"),
     ("an empty stop", {"stop": [""]}, "stop"),
     ("tools", {"tools": [{"type": "function"}]}, None),
-    ("a penalty", {"frequency_penalty": 1.0}, None),
+    ("too high a penalty", {"frequency_penalty": 2.5}, "frequency_penalty"),
+    ("a penalty of none", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("a bias on a word", {"logit_bias": {"a": 1}}, "logit_bias"),
+    ("too large a bias", {"logit_bias": {"5": 101}}, "logit_bias"),
+    ("a bias on no token", {"logit_bias": {"100000": 1}}, None),
     ("alternatives alone", {"top_logprobs": 2}, None),
     ("usage without a stream", {"stream_options": {"include_usage": True}}, None),
     ("a schema without its type", {"response_format": {"type": "json_schema"}}, None),

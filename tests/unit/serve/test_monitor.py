@@ -60,16 +60,21 @@ def test_metrics_count_what_was_done(service: Service) -> None:
     body = {"model": "sql", "prompt": "abc", "max_tokens": 5, "ignore_eos": True}
     assert post(fresh, "/v1/completions", **body).status_code == 200
     assert post(fresh, "/v1/completions", model="nobody", prompt="a").status_code == 404
+    for weight in (0.25, 0.5):
+        summed = {"model": "tiny", "adapters": {"sql": weight}, "prompt": "a", "max_tokens": 2}
+        assert post(fresh, "/v1/completions", **summed, ignore_eos=True).status_code == 200
     assert get(fresh, "/made/up/path").status_code == 404
     found = samples(fresh)
     assert found["lorakit_requests_total", "adapter=sql,outcome=length"] == 1
     assert found["lorakit_tokens_total", "adapter=sql,kind=generated"] == 5
     assert found["lorakit_tokens_total", "adapter=sql,kind=prompt"] == 3
-    assert found["lorakit_time_to_first_token_seconds_count", ""] == 1
-    assert found["lorakit_time_per_output_token_seconds_count", ""] == 1
-    assert found["lorakit_http_responses_total", "path=/v1/completions,status=200"] == 1
+    # What a client makes up is never a label: its weights neither.
+    assert found["lorakit_requests_total", "adapter=(composed),outcome=length"] == 2
+    assert not any("*" in labels for _, labels in found)
+    assert found["lorakit_time_to_first_token_seconds_count", ""] == 3
+    assert found["lorakit_time_per_output_token_seconds_count", ""] == 3
+    assert found["lorakit_http_responses_total", "path=/v1/completions,status=200"] == 3
     assert found["lorakit_http_responses_total", "path=/v1/completions,status=404"] == 1
-    # What a client makes up is never a label.
     assert found["lorakit_http_responses_total", "path=other,status=404"] == 1
     assert found["lorakit_requests_running", ""] == 0
     assert found["vllm:num_requests_waiting", ""] == 0

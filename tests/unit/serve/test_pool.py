@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny_models
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import (
     AdapterFileError,
@@ -126,6 +127,27 @@ def test_a_place_kept_for_a_request_that_has_gone_is_given_back(pool: Pool) -> N
     assert pool.acquire(wanted) is None, "all three places are kept for those who asked"
     assert pool.info("a3").state == "disk"
     pool.settle([wanted])
+    assert pool.wait_for(wanted)
+
+
+def test_a_failure_of_a_request_that_has_gone_is_not_the_next_one_s(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_disk(_: Path) -> Adapter:
+        raise OSError("the disk is away for a moment")
+
+    wanted = pool.resolve("a0")
+    assert wanted is not None
+    for settled in ([wanted], []):
+        with monkeypatch.context() as patched:
+            patched.setattr("lorakit.serve.pool.read_adapter", no_disk)
+            pool.news.clear()
+            assert pool.acquire(wanted) is None
+            assert pool.news.wait(10)
+        pool.settle(settled)
+        if settled:
+            with pytest.raises(AdapterFileError, match="could not be loaded"):
+                pool.acquire(wanted)
     assert pool.wait_for(wanted)
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from lorakit.serve.text import TextStream
+from lorakit.serve.text import TextStream, token_bytes
 from serving import byte_tokenizer
 
 TEXT = "Grüße, 世界! 🙂 naïve\tend"
@@ -63,3 +65,20 @@ def test_what_may_begin_a_stop_string_is_held_back_until_it_cannot() -> None:
     assert [stream.push(t) for t in tokenizer("ab").input_ids] == ["", ""]
     assert stream.finish() == "ab"
     assert stream.stopped_by is None
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text() -> None:
+    tokenizer = byte_tokenizer()
+    text = "é漢🙂a~"
+    ids = tokenizer(text).input_ids
+    alone = [tokenizer.decode([token]) for token in ids]
+    assert any("\ufffd" in one for one in alone)
+    found = [token_bytes(tokenizer, token, one) for token, one in zip(ids, alone, strict=True)]
+    assert b"".join(one or b"?" for one in found).decode() == text
+    # Llama's way of writing a byte, and a token of which nothing is known.
+    vocab = {"<0xF0>": 0, "<0x0A>": 1, "\ufffd": 2, "a": 3}
+    pieces = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [])))
+    assert token_bytes(pieces, 0, "\ufffd") == b"\xf0"
+    assert token_bytes(pieces, 1, "\n") == b"\n"
+    assert token_bytes(pieces, 2, "\ufffd") is None
+    assert token_bytes(pieces, 3, "a") == b"a"
