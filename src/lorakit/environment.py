@@ -15,6 +15,8 @@ from typing import TypedDict
 import psutil
 import torch
 
+from lorakit.errors import ModelError
+
 _PACKAGES = (
     "lorakit",
     "torch",
@@ -162,6 +164,29 @@ def supports_bf16(device: str | torch.device | None = None) -> bool:
     if kind == "cpu":
         return bool({"avx512_bf16", "amx_bf16"} & set(_instruction_sets()))
     return False
+
+
+def require_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, or the default one.
+
+    Raises:
+        ModelError: there is no such device, here or at all.
+    """
+    if device is None:
+        return default_device()
+    try:
+        found = torch.device(device)
+        # What torch cannot reach on this machine, it says when it puts something there.
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            "this machine cannot compute there",
+            where=f"device {str(device)!r}",
+            expected="cpu, or cuda where torch finds one",
+            found=str(error).partition("\n")[0],
+            remedy=f"leave the device out: {default_device()} is taken",
+        ) from error
+    return found
 
 
 def default_device() -> torch.device:

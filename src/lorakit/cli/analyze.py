@@ -14,6 +14,7 @@ from lorakit.analysis.training import adapter_of
 from lorakit.analysis.updates import Base
 from lorakit.analysis.write import PAGE_NAME, write_analysis
 from lorakit.cli import console
+from lorakit.cli.numbers import count
 from lorakit.cli.session import base_of, task_of
 from lorakit.errors import RequestError
 from lorakit.files import require_free
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="where the base is: cpu, cuda, ...")
     _add_choices(parser)
     parser.add_argument(
-        "--top", type=int, default=12, metavar="N", help="sites shown (default: 12)"
+        "--top", type=count, default=12, metavar="N", help="sites shown (default: 12)"
     )
     parser.add_argument(
         "-o",

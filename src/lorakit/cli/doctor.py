@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli import console
 from lorakit.cli.fields import split_words
+from lorakit.cli.numbers import count
 from lorakit.data.builder import Examples, LossMaskError
 from lorakit.data.encode import IGNORED, Example
 from lorakit.data.preview import (
@@ -65,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="REF", help="the base, where there is no config")
     parser.add_argument("--data", metavar="DATA", help="the rows, where there is no config")
-    parser.add_argument("--examples", type=int, default=2, metavar="N", help="examples to show")
+    parser.add_argument("--examples", type=count, default=2, metavar="N", help="examples to show")
     parser.add_argument(
-        "--max-tokens", type=int, default=240, metavar="N", help="tokens to show of each"
+        "--max-tokens", type=count, default=240, metavar="N", help="tokens to show of each"
     )
 
 

@@ -15,6 +15,7 @@ import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.cli import console
 from lorakit.cli.inspect_method import measure, record, show
+from lorakit.cli.numbers import count
 from lorakit.data.task_facts import saved_task
 from lorakit.formatting import format_bytes, format_count, format_estimate, format_number
 from lorakit.math.svd import effective_rank, product_singular_values
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sort", choices=["model", "norm"], default="model", help="order of the sites"
     )
-    parser.add_argument("--top", type=int, metavar="N", help="only the first N sites")
+    parser.add_argument("--top", type=count, metavar="N", help="only the first N sites")
 
 
 def run(args: argparse.Namespace) -> int:

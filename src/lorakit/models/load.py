@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.environment import default_device, supports_bf16
+from lorakit.environment import require_device, supports_bf16
 from lorakit.errors import LorakitError, LorakitWarning, ModelError, nearest
 from lorakit.models.checkpoint import (
     estimate_model_bytes,
@@ -236,7 +236,7 @@ def _weights_of(
         raise ModelError(
             "this quantization is not known", where="quantize", expected="nf4", found=repr(quantize)
         )
-    target = torch.device(device) if device is not None else default_device()
+    target = require_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     config = _config_of(resolved.path)
     wanted = model_class(config)

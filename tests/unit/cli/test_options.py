@@ -20,6 +20,15 @@ def test_build_parser_reads_a_command_line_of_the_verb():
         build_parser("evl")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["inspect", "x", "--top", "-1"], ["doctor", "--examples", "-1"], ["doctor", "--max-tokens=a"]],
+)
+def test_a_count_is_a_whole_number_from_zero_on(words, capsys):
+    assert main(words) == 2
+    assert "whole number from 0 on" in capsys.readouterr().err
+
+
 def test_plan_takes_patterns_and_counts_every_site_with_its_own_rank(answer, base, capsys):
     words = ["plan", base, "--r", 4, "--targets", "q_proj,down_proj", "--alpha", 12]
     plain = answer(*words)[1]

@@ -208,3 +208,11 @@ def test_a_directory_with_pickles_only_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no safetensors") as caught:
         load_base_model(tmp_path)
     assert caught.value.found == "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "cuda0"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    tiny_models.build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot compute there") as caught:
+        load_base_model(tmp_path, device=device)
+    assert device in str(caught.value)
