@@ -45,8 +45,8 @@ class Packing:
     @property
     def shared(self) -> int:
         """Tokens of the start that all rows have in common, 0 for none."""
-        several = len(self.lengths) > 1 and self.parents.count(-1) == 1
-        return self.lengths[0] if several else 0
+        first, *others = self.lengths
+        return first if others and self.parents.count(-1) == 1 else 0
 
     @property
     def longest(self) -> int:

@@ -12,12 +12,13 @@ _HALF = "�"
 # space in front of the first.
 _CONTEXT = 6
 
-
 _WRITTEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _NOT_WRITTEN = [byte for byte in range(256) if byte not in _WRITTEN]
 # The letters in which byte-level tokenizers write bytes (GPT-2's table, which all of them share).
-_BYTES = {chr(byte): byte for byte in _WRITTEN}
-_BYTES |= {chr(256 + i): byte for i, byte in enumerate(_NOT_WRITTEN)}
+_BYTES = {
+    **{chr(byte): byte for byte in _WRITTEN},
+    **{chr(256 + i): byte for i, byte in enumerate(_NOT_WRITTEN)},
+}
 _ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
