@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorakit.errors import ModelError
 from lorakit.files import read_json
+from lorakit.models.parts import require_whole
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -40,6 +41,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
     if not (directory / _INDEX).is_file():
+        require_whole(directory)
         pickles = sorted(entry.name for entry in directory.glob("*.bin"))
         raise ModelError(
             "the model directory has no safetensors",

@@ -29,6 +29,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.environment import require_device, supports_bf16
 from lorakit.errors import LorakitError, LorakitWarning, ModelError, nearest
+from lorakit.models.adaptable import require_adaptable_config, require_dense
 from lorakit.models.checkpoint import (
     estimate_model_bytes,
     stored_dtypes,
@@ -204,6 +205,7 @@ def _tokenizer_of(resolved: ResolvedModel) -> PreTrainedTokenizerBase:
 
 def _config_of(directory: Path) -> PretrainedConfig:
     raw = read_config(directory)
+    require_adaptable_config(raw, directory)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         close = nearest(str(model_type), CONFIG_MAPPING.keys())
@@ -249,6 +251,7 @@ def _weights_of(
     if quantize or is_stored_four_bit(config, resolved.path):
         model, info = _read_four_bit(reading, quantize, torch_dtype, target)
     else:
+        require_dense(resolved.path)
         require_memory(resolved.name, estimate_model_bytes(resolved.path, torch_dtype), target)
         model, info = _read(reading, torch_dtype)
     if head is not None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lorakit.errors import ModelError
+from lorakit.models.adaptable import cannot_adapt
 from lorakit.weights.nf4 import BITS_PER_PARAM, is_planned_four_bit, plan_four_bit
 from lorakit.weights.storage import num_params
 
@@ -117,13 +118,7 @@ def is_stored_four_bit(
                 remedy="load it as it is (quantize=None), or take the dense checkpoint",
             )
         return True
-    raise ModelError(
-        "the checkpoint is quantized in a way that is not supported",
-        where=f"{directory / 'config.json'}, key quantization_config",
-        expected="no quantization, or bitsandbytes' 4 bits",
-        found=f"{method or 'unnamed'}" + (", 8 bits" if facts.get("load_in_8bit") else ""),
-        remedy="take the dense checkpoint of the same model; quantize='nf4' makes 4 bits of it",
-    )
+    raise cannot_adapt(facts, directory)
 
 
 def _stored_facts(config: PretrainedConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lorakit.errors import ModelError, nearest
 from lorakit.files import read_json
 from lorakit.models.gguf import converted
 from lorakit.models.named import NAMED_MODELS, find_named
+from lorakit.models.parts import require_whole
 
 Origin = Literal["hub", "directory", "gguf", "wheel"]
 Files = Literal["all", "small", "config"]
@@ -84,6 +85,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = read_json(file)
     except FileNotFoundError:
+        require_whole(directory)
         raise ModelError(
             "the model directory has no config.json",
             where=str(directory),
