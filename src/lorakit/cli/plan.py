@@ -117,6 +117,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         ("--classes", integer, "plan a classifier with so many classes"),
         ("--num-examples", integer, "rows in an epoch, for its time"),
         ("--flops", number, "operations per second that are reached, as in 2e14, for the time"),
+        ("--processes", integer, "processes that train together, each with such a batch"),
+        ("--bandwidth-gbps", number, "10^9 bits per second that each of them sends and receives"),
         ("--memory", number, "GB that may be taken (default: what is free here, or a GPU kind)"),
     ):
         parser.add_argument(name, help=text, **kind)  # pyright: ignore[reportArgumentType]
@@ -126,6 +128,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute activations"
     )
+    parser.add_argument("--shard", action="store_true", help="the processes split the base (FSDP2)")
     parser.add_argument("--attention", metavar="NAME", help="the attention kernel")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: this machine's")
     parser.add_argument(
@@ -146,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     limit_bytes = None if args.memory is None else round(args.memory * 1e9)
     if limit_bytes is None and plan.setup.device == "cpu":
         limit_bytes = available_memory_bytes()
-    total_bytes = plan.training.memory.total_bytes
+    total_bytes = plan.memory.total_bytes
     too_large = limit_bytes is not None and total_bytes > limit_bytes
     if limit_bytes is None:
         too_large = not any(fit.fits for fit in plan.gpus)
@@ -174,6 +177,8 @@ def _request(args: argparse.Namespace) -> RunRequest:
         "classes": args.classes,
         "num_examples": args.num_examples,
         "flops_per_s": args.flops,
+        "processes": args.processes,
+        "bandwidth_gbps": args.bandwidth_gbps,
         "dtype": args.dtype,
         "quantize": args.quantize,
         "attention": args.attention,
@@ -185,6 +190,7 @@ def _request(args: argparse.Namespace) -> RunRequest:
         options=_options(args),
         precision=args.precision,
         gradient_checkpointing=args.gradient_checkpointing,
+        shard=args.shard,
         **{name: value for name, value in given.items() if value is not None},
     )
 

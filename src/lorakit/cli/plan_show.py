@@ -30,7 +30,8 @@ def plan_record(plan: RunPlan, *, limit_bytes: int | None, advise: bool) -> Reco
         limit_bytes: the memory that may be taken, if there is a limit.
         advise: whether to look for what to change.
     """
-    memory = plan.training.memory
+    memory = plan.memory
+    network = plan.network
     record: Record = {
         "model": str(plan.request.model),
         "class": type(plan.model).__name__,
@@ -54,7 +55,7 @@ def plan_record(plan: RunPlan, *, limit_bytes: int | None, advise: bool) -> Reco
         "limit_bytes": limit_bytes,
         "fits": None if limit_bytes is None else memory.total_bytes <= limit_bytes,
         "generation": None if plan.generation is None else plan.generation.to_json(),
-        "gpu_memory": plan.on_gpu.memory.to_json(),
+        "gpu_memory": plan.gpu_memory.to_json(),
         "gpus": [
             {
                 "gpu": fit.gpu.name,
@@ -66,6 +67,11 @@ def plan_record(plan: RunPlan, *, limit_bytes: int | None, advise: bool) -> Reco
             for fit in plan.gpus
         ],
         "time": _time(plan),
+        "processes": plan.request.processes,
+        "sharded": plan.request.shard,
+        "network": None
+        if network is None
+        else {"bandwidth_gbps": plan.request.bandwidth_gbps, **network.to_json()},
     }
     if advise:
         record["changes"] = [
@@ -142,6 +148,7 @@ def show_plan(record: Record, *, every_site: bool) -> None:
             f"{format_bytes(record['adapter_bytes'])}",
             "run": _run_words(record),
             "time": _time_words(record),
+            **_network_facts(record),
         },
     )
     if is_lora:
@@ -185,8 +192,28 @@ def _time_words(record: Record) -> str:
     return ", ".join(words)
 
 
+def _network_facts(record: Record) -> dict[str, str]:
+    if record["processes"] == 1:
+        return {}
+    how = "that split the base" if record["sharded"] else "that each hold the base"
+    found = {"processes": f"{record['processes']} {how}"}
+    network = record["network"]
+    if network is None:
+        return found
+    words = [f"gradients {format_bytes(network['gradient_bytes'])} each"]
+    if network["sharded"]:
+        words.append(f"the base's parts {format_bytes(network['base_bytes'])}")
+    seconds = format_duration(network["gradient_s"] + network["base_s"])
+    text = f"{', '.join(words)}: {seconds} at {network['bandwidth_gbps']:g} Gbit/s"
+    if network["compute_s"] is not None:
+        low, high = network["fastest_step_s"], network["slowest_step_s"]
+        text += f"; a step {format_duration(low)} to {format_duration(high)} (calculated)"
+    return {**found, "network": text}
+
+
 def _show_memory(record: Record) -> None:
-    table = console.table("memory of a step", ["term", "bytes"], numbers=["bytes"])
+    of = " in each process" if record["processes"] > 1 else ""
+    table = console.table(f"memory of a step{of}", ["term", "bytes"], numbers=["bytes"])
     memory = record["memory"]
     for name, size in memory.items():
         if size and name not in ("trained_bytes", "total_bytes"):

@@ -20,7 +20,13 @@ from lorakit.models.task_head import ClassificationHead
 from lorakit.planner.advice import Change, rank_changes
 from lorakit.planner.devices import Fit, fits
 from lorakit.planner.generation import GenerationEstimate, estimate_generation
-from lorakit.planner.memory import TrainingEstimate, TrainingSetup, estimate_training
+from lorakit.planner.memory import (
+    MemoryEstimate,
+    TrainingEstimate,
+    TrainingSetup,
+    estimate_training,
+)
+from lorakit.planner.network import NetworkCost, estimate_network, shard_bytes
 from lorakit.planner.shapes import planned_config
 from lorakit.planner.step import BatchShape, head_of
 from lorakit.planner.time import Calibration, calibrate, estimate_seconds
@@ -49,6 +55,10 @@ class RunRequest:
         device: "cpu" or "cuda"; None for this machine's. It need not be there.
         num_examples: rows in an epoch, for the time; None: a step only.
         flops_per_s: the rate that is reached; None: no time, unless it is calibrated.
+        processes: how many train together, each with a batch of its own.
+        shard: whether they split the base (FSDP2); else each holds all of it.
+        bandwidth_gbps: what each sends and receives, in 10^9 bits per second; None: no time of the
+            network.
     """
 
     model: Ref
@@ -66,21 +76,48 @@ class RunRequest:
     device: Literal["cpu", "cuda"] | None = None
     num_examples: int | None = None
     flops_per_s: float | None = None
+    processes: int = 1
+    shard: bool = False
+    bandwidth_gbps: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "length", "labels", "classes", "num_examples", "flops_per_s"):
-            value = {
-                "batch_size": self.batch_size,
-                "length": self.length,
-                "labels": self.labels,
-                "classes": self.classes,
-                "num_examples": self.num_examples,
-                "flops_per_s": self.flops_per_s,
-            }[name]
+        for name, value in {
+            "batch_size": self.batch_size,
+            "length": self.length,
+            "labels": self.labels,
+            "classes": self.classes,
+            "num_examples": self.num_examples,
+            "flops_per_s": self.flops_per_s,
+            "processes": self.processes,
+            "bandwidth_gbps": self.bandwidth_gbps,
+        }.items():
             if value is not None and value <= 0:
                 raise RequestError(
                     f"{name} must be positive", where=name, expected="> 0", found=f"{value:g}"
                 )
+
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        for name, is_set in (
+            ("shard", self.shard),
+            ("bandwidth_gbps", self.bandwidth_gbps is not None),
+        ):
+            if is_set and self.processes == 1:
+                raise RequestError(
+                    f"{name} means nothing for one process",
+                    where=name,
+                    expected="more than one process",
+                    found="processes: 1",
+                    remedy="say how many train together: --processes 8",
+                )
+        if self.shard and self.quantize is not None:
+            raise RequestError(
+                "a base in 4 bits is not split over processes",
+                where="shard and quantize",
+                expected="one of them",
+                remedy="leave out --shard: each process holds the whole 4-bit base",
+            )
 
     @property
     def batch(self) -> BatchShape:
@@ -134,7 +171,37 @@ class RunPlan:
     @property
     def gpus(self) -> list[Fit]:
         """How the run would fill every kind of GPU."""
-        return fits(self.on_gpu.memory.total_bytes)
+        return fits(self.gpu_memory.total_bytes)
+
+    @property
+    def gpu_memory(self) -> MemoryEstimate:
+        """The same as `memory` on a GPU."""
+        return self._in_shards(self.on_gpu.memory)
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """What each process holds at the fullest moment of a step."""
+        return self._in_shards(self.training.memory)
+
+    def _in_shards(self, memory: MemoryEstimate) -> MemoryEstimate:
+        if not self.request.shard:
+            return memory
+        held = shard_bytes(self.model, memory.weights_bytes, self.request.processes)
+        return replace(memory, weights_bytes=held)
+
+    @property
+    def network(self) -> NetworkCost | None:
+        """The network's part of a step; None for one process, or an unknown network."""
+        request = self.request
+        if request.processes == 1 or request.bandwidth_gbps is None:
+            return None
+        return estimate_network(
+            processes=request.processes,
+            bandwidth_gbps=request.bandwidth_gbps,
+            learned_bytes=_LEARNED_FLOAT_BYTES * self.report.num_trainable,
+            base_bytes=self.training.memory.weights_bytes if request.shard else 0,
+            compute_s=self.step_s,
+        )
 
     @property
     def step_s(self) -> float | None:
@@ -146,11 +213,15 @@ class RunPlan:
 
     @property
     def epoch_s(self) -> float | None:
-        """Seconds of a pass over the data, every row as long as the longest."""
-        rows = self.request.num_examples
-        if rows is None or self.step_s is None:
+        """Seconds of a pass over the data, every row as long as the longest.
+
+        In several processes with the slowest step that the network gives.
+        """
+        rows, network = self.request.num_examples, self.network
+        step_s = self.step_s if network is None else network.slowest_step_s
+        if rows is None or step_s is None:
             return None
-        return self.step_s * rows / self.request.batch_size
+        return step_s * rows / (self.request.batch_size * self.request.processes)
 
     def changes(self) -> list[Change]:
         """What to change to need less memory, the largest saving first; takes a few seconds."""
