@@ -160,9 +160,19 @@ def test_what_cannot_be_is_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-def test_ray_is_refused_by_name(directory, tmp_path, capsys) -> None:
-    assert main(["sweep", str(written(directory, tmp_path)), "--engine", "ray"]) == 2
-    assert "Ray" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--engine", "slurm"], "local or ray"),
+        (["--workers", "2"], "--engine local --workers 2"),
+        (["--engine", "ray", "--workers", "0"], "at least 1"),
+    ],
+)
+def test_engines_that_there_are_not(directory, tmp_path, capsys, words, said) -> None:
+    pytest.importorskip("ray")
+    assert main(["sweep", str(written(directory, tmp_path)), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_more_together_than_fit_is_refused(directory, tmp_path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from lorakit.formatting import format_count
 from lorakit.report.sweeps import sweep_table
 from lorakit.sweep.config import SweepConfig
 from lorakit.sweep.plan import SweepPlan, plan_sweep
-from lorakit.sweep.run import SweepResult, sweep
+from lorakit.sweep.run import SweepResult, require_engine, sweep
 
 SUMMARY = "train many adapters over one base in one batch, and keep the best"
 _PLAIN_WIDTH = 160
@@ -30,7 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="show arms, parameters, steps and memory, and leave"
     )
     parser.add_argument(
-        "--engine", default="local", help="where the arms are trained: local, this process"
+        "--engine",
+        default="local",
+        help="where the arms are trained: local, this process, or ray, the machines of a cluster",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="of ray: its processes (default: one for each GPU, or else for each machine)",
     )
     parser.add_argument(
         "--fields", action="store_true", help="list every key of the config, and leave"
@@ -42,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
     if args.fields:
         show_fields("keys of a sweep", SweepConfig.fields(), as_json=args.json)
         return 0
-    _require_engine(args.engine)
+    require_engine(args.engine, args.workers)
     config = read_config(args.config)
     if args.dry_run:
         _show_plan(plan_sweep(config), as_json=args.json)
         return 0
-    result = sweep(config, say=console.note)
+    result = sweep(config, say=console.note, engine=args.engine, workers=args.workers)
     if args.json:
         best = None if result.best is None else str(result.best)
         found = {"directory": str(result.directory), **result.document}
@@ -66,20 +74,6 @@ def read_config(words: list[str]) -> SweepConfig:
     """
     file, overrides = one_file(words, verb="sweep")
     return SweepConfig.from_yaml(file, overrides)
-
-
-def _require_engine(name: str) -> None:
-    if name == "local":
-        return
-    ray = name == "ray"
-    raise RequestError(
-        "sweeps on Ray are not in this version" if ray else f"there is no engine {name!r}",
-        where="--engine",
-        expected="local",
-        found=name,
-        remedy="leave --engine out; on several machines start one sweep on each, with a part of "
-        "the grid and an output of its own",
-    )
 
 
 def _show_plan(plan: SweepPlan, *, as_json: bool) -> None:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
-from lorakit.errors import WorkError
+from lorakit.errors import RequestError, WorkError
 from lorakit.files import only_writer, require_free, write_text
 from lorakit.progress import Bar, progress
 from lorakit.sweep.arms import Arm
 from lorakit.sweep.config import SweepConfig
 from lorakit.sweep.files import ArmFiles
+from lorakit.sweep.on_ray import ray_engine, require_ray
 from lorakit.sweep.plan import SweepPlan, plan_sweep
 from lorakit.sweep.rungs import survivors
 from lorakit.sweep.summary import Ended, document
+from lorakit.sweep.work import ArmTrainer, Engine
 from lorakit.sweep.write import write_results
-from lorakit.train.base import LoadedBase, load_base
-from lorakit.train.interrupt import Interrupt, TrainingPaused
-from lorakit.train.member import Member
-from lorakit.train.objectives.base import GroupLearner
+from lorakit.train.interrupt import Interrupt
 from lorakit.train.record import WarningLog
 from lorakit.train.run import Say, say_on_stderr
-from lorakit.train.together import Together
 
 _CONFIG = "sweep.yaml"
+
+EngineName = Literal["local", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,13 @@ class SweepResult:
     best: Path | None
 
 
-def sweep(config: SweepConfig, *, say: Say = say_on_stderr) -> SweepResult:
+def sweep(
+    config: SweepConfig,
+    *,
+    say: Say = say_on_stderr,
+    engine: EngineName = "local",
+    workers: int | None = None,
+) -> SweepResult:
     """Train every arm over one base, and write sweep.json, report.html, arms/ and best/.
 
     Each arm is equal to `lorakit train arms/NAME/config.yaml`; arms that are finished are not run
@@ -54,12 +60,15 @@ def sweep(config: SweepConfig, *, say: Say = say_on_stderr) -> SweepResult:
     Args:
         config: the sweep.
         say: takes each line that tells the user what is planned and done.
+        engine: where arms are trained: in this process, or on the machines of a Ray cluster.
+        workers: processes of the cluster; None: one for each GPU, or else for each machine.
 
     Raises:
         RequestError: what is asked for cannot be; nothing was written.
         WorkError: every arm failed.
         TrainingPaused: Ctrl-C or SIGTERM; the same call goes on.
     """
+    require_engine(engine, workers)
     output = config.output
     if not (output / _CONFIG).is_file():
         require_free(output)
@@ -67,12 +76,16 @@ def sweep(config: SweepConfig, *, say: Say = say_on_stderr) -> SweepResult:
     for line in plan.lines():
         say(line)
     started = time.perf_counter()
-    with only_writer(output), WarningLog() as warned:
-        run = _Sweep(plan, say, warned.messages)
+    with only_writer(output), WarningLog() as warned, ExitStack() as stack:
+        trainer: Engine = ArmTrainer(plan, say, warned.messages)
+        if engine == "ray":
+            trainer = stack.enter_context(ray_engine(plan, say, workers))
+        run = _Sweep(plan, say, trainer)
         run.check()
         write_text(output / _CONFIG, config.to_yaml())
         run.all_rungs()
-        found = document(plan, run.ended, seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        found = document(plan, run.ended, seconds=seconds, engine=engine)
         best = write_results(output, found)
     if all(arm.failed for arm in run.ended.values()):
         raise WorkError(
@@ -84,17 +97,36 @@ def sweep(config: SweepConfig, *, say: Say = say_on_stderr) -> SweepResult:
     return SweepResult(directory=output, document=found, best=best)
 
 
+def require_engine(engine: str, workers: int | None = None) -> None:
+    """Refuse an engine that there is not, or not here.
+
+    Raises:
+        RequestError: with the reason.
+    """
+    if engine not in ("local", "ray"):
+        raise RequestError(
+            f"there is no engine {engine!r}", where="--engine", expected="local or ray"
+        )
+    if engine == "ray":
+        require_ray()
+    if workers is not None and (engine == "local" or workers < 1):
+        raise RequestError(
+            "workers are processes of a Ray cluster",
+            where="--workers",
+            expected="with --engine ray, at least 1",
+            found=f"--engine {engine} --workers {workers}",
+        )
+
+
 class _Sweep:
     """The arms of a sweep while they are trained."""
 
-    def __init__(self, plan: SweepPlan, say: Say, warned: list[str]) -> None:
+    def __init__(self, plan: SweepPlan, say: Say, engine: Engine) -> None:
         self.plan = plan
         self.say = say
-        self.warned = warned
+        self.engine = engine
         self.files = {arm.name: ArmFiles(arm) for arm in plan.arms}
         self.ended: dict[str, Ended] = {}
-        self._base: LoadedBase | None = None
-        self._learner: GroupLearner | None = None
 
     def check(self) -> None:
         """Refuse an arm that was begun under another config, before anything is trained.
@@ -148,16 +180,10 @@ class _Sweep:
     def _train(
         self, arms: Sequence[Arm], until: int | None, bar: Bar, interrupt: Interrupt
     ) -> None:
-        """Bring these arms to a step, or to their end, as many at a time as share a batch."""
+        """Bring these arms to a step, or to their end."""
         waiting = [arm for arm in arms if not self._has_reached(arm, until)]
-        for group in _groups(waiting, self.plan.together):
-            members = self._members(group)
-            with self._together(list(members.values())) as together:
-                _advance(together, self._learn(), until, bar, interrupt)
-            for name, member in members.items():
-                if member.failed is not None:
-                    self.files[name].fail(member.failed)
-                    self.say(f"{name} failed: {member.failed}")
+        if waiting:
+            self.engine.train(waiting, until, bar, interrupt)
 
     def _has_reached(self, arm: Arm, until: int | None) -> bool:
         files = self.files[arm.name]
@@ -177,11 +203,8 @@ class _Sweep:
             for arm in arms
             if self.files[arm.name].record() is None and self.files[arm.name].failure() is None
         ]
-        for group in _groups(open_arms, self.plan.together):
-            members = self._members(group)
-            with self._together(list(members.values())):
-                for member in members.values():
-                    member.finish(beside=self.plan.together - 1, warned=self.warned)
+        if open_arms:
+            self.engine.end(open_arms)
         for arm in arms:
             files = self.files[arm.name]
             record = files.record()
@@ -190,77 +213,3 @@ class _Sweep:
                 self.ended[arm.name] = Ended(
                     record=record, dropped_at=rung, failed=None, lines=files.lines()
                 )
-
-    def _members(self, group: Sequence[Arm]) -> dict[str, Member]:
-        members: dict[str, Member] = {}
-        for number, arm in enumerate(group):
-            members[arm.name] = Member(
-                arm.config,
-                self.plan.prepared[arm.name],
-                adapter=f"member{number}",
-                start=self.files[arm.name].start(),
-            )
-        for member in members.values():
-            member.course.open()
-        return members
-
-    def _together(self, members: Sequence[Member]) -> Together:
-        return Together(self._loaded(), members, self._learn())
-
-    def _loaded(self) -> LoadedBase:
-        """The base, loaded when the first arm needs it."""
-        if self._base is None:
-            first = self.plan.arms[0]
-            self._base = load_base(first.config, self.plan.prepared[first.name])
-            if self._base.quantization is not None:
-                self.say(f"base in {self._base.quantization}")
-        return self._base
-
-    def _learn(self) -> GroupLearner:
-        if self._learner is None:
-            first = self.plan.arms[0]
-            prepared = self.plan.prepared[first.name]
-            method = first.config.make_method(prepared.beside)
-            made = prepared.objective.bind(self._loaded().model, method, fresh=True)
-            self._learner = cast(GroupLearner, made)
-        return self._learner
-
-
-def _groups(arms: Sequence[Arm], size: int) -> Iterator[Sequence[Arm]]:
-    for start in range(0, len(arms), size):
-        yield arms[start : start + size]
-
-
-def _advance(
-    together: Together,
-    learner: GroupLearner,
-    until: int | None,
-    bar: Bar,
-    interrupt: Interrupt,
-) -> None:
-    """Step the members that are not there yet; each has a checkpoint of where it stops.
-
-    Raises:
-        TrainingPaused: a signal came; every member is saved.
-    """
-
-    def waits(member: Member) -> bool:
-        return not member.over and (until is None or member.step < until)
-
-    while active := [member for member in together.members if waits(member)]:
-        together.step(active)
-        for member in active:
-            if member.failed is None:
-                member.after_step(learner)
-            if member.failed is None and (interrupt.requested or not waits(member)):
-                member.save_once()
-        losses = [member.loss for member in active]
-        bar.advance(
-            len(active), note=f"{len(active)} arms, loss {min(losses):.3f} to {max(losses):.3f}"
-        )
-        if interrupt.requested:
-            raise TrainingPaused(
-                "the sweep was stopped; every arm's last step is saved",
-                where=str(Path(active[0].config.output).parent),
-                remedy="run the same command to go on",
-            )

@@ -32,13 +32,16 @@ class Ended:
     lines: list[Line]
 
 
-def document(plan: SweepPlan, ended: Mapping[str, Ended], *, seconds: float) -> dict[str, Any]:
+def document(
+    plan: SweepPlan, ended: Mapping[str, Ended], *, seconds: float, engine: str
+) -> dict[str, Any]:
     """The content of sweep.json.
 
     Args:
         plan: the sweep.
         ended: its arms by name.
         seconds: wall time of this call.
+        engine: where its arms were trained.
     """
     arms = [_arm(plan, arm, ended[arm.name]) for arm in plan.arms]
     arms.sort(key=_rank)
@@ -49,6 +52,7 @@ def document(plan: SweepPlan, ended: Mapping[str, Ended], *, seconds: float) -> 
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "best": _best(plan, arms),
         "together": plan.together,
+        "engine": engine,
         "rungs": list(plan.rungs),
         "arms": arms,
         "config": plan.config.to_dict(),
