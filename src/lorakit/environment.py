@@ -190,8 +190,14 @@ def require_device(device: str | torch.device | None) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The CUDA device of this process if there is one, else the CPU.
+
+    Of several processes on a machine each has its own; otherwise it is the first.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    here = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", here % torch.cuda.device_count())
 
 
 def _instruction_sets() -> list[str]:

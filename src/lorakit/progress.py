@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lorakit.launcher import speaks
+
 T = TypeVar("T")
 
 PLAIN_EVERY_S = 15.0
@@ -38,6 +40,13 @@ class _RichBar:
 
     def advance(self, steps: int = 1, *, note: str = "") -> None:
         self._progress.update(self._task, advance=steps, note=note)
+
+
+class _NoBar:
+    """Of several processes the first one shows how far the work is."""
+
+    def advance(self, steps: int = 1, *, note: str = "") -> None:
+        """Nothing."""
 
 
 class _PlainBar:
@@ -74,7 +83,9 @@ def progress(label: str, total: int | None = None) -> Iterator[Bar]:
         total: the number of steps, or None when it is not known.
     """
     console = Console(stderr=True)
-    if console.is_terminal:
+    if not speaks():
+        yield _NoBar()
+    elif console.is_terminal:
         columns = (
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=32),

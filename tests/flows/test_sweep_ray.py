@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import tiny_runs
 from lorakit.cli.main import main
 from lorakit.train.yaml import dump
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed"),
+]
 
 
 def values(directory: Path, output: Path) -> dict[str, Any]:
@@ -37,7 +41,6 @@ def on_ray(file: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_workers_find_what_one_process_finds(tmp_path, capsys) -> None:
-    pytest.importorskip("ray")
     directory = tiny_runs.write_all(tmp_path)
     here, there = tmp_path / "here", tmp_path / "there"
     for output in (here, there):

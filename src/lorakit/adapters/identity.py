@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attachments import find_attachments
@@ -36,7 +37,10 @@ def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]
     return {
         **found,
         "name": str(getattr(config, "name_or_path", "") or ""),
-        "architecture": type(model).__name__,
+        # Where the base is in shards its class is one that torch made of its own.
+        "architecture": next(
+            kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)
+        ),
         "model_type": str(getattr(config, "model_type", "")),
         "storage": storage_of(base_modules(model).values()),
     }

@@ -17,6 +17,7 @@ from typing import NoReturn, Protocol, TextIO, cast
 
 from lorakit.cli import console
 from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
+from lorakit.launcher import FailedElsewhereError, failed_elsewhere, num_launched, speaks
 from lorakit.pages import use_huge_pages
 
 # Only the chosen verb's module is imported: the help must not wait for torch.
@@ -50,6 +51,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 INTERRUPTED = 130
+# Verbs that a launcher may start in several processes.
+_IN_PROCESSES = ("train",)
 # Set before torch is imported; see `lorakit.pages`.
 _TRAINING = ("compare", "demo", "paper", "sweep", "train")
 
@@ -120,6 +123,7 @@ def _dispatch(words: list[str], as_json: bool) -> int:
 
 
 def _run_verb(name: str, words: list[str], as_json: bool) -> int:
+    _require_processes(name)
     if name in _TRAINING:
         use_huge_pages()
     parser = build_parser(name)
@@ -128,6 +132,21 @@ def _run_verb(name: str, words: list[str], as_json: bool) -> int:
     verb = _module_of(name)
     with _warnings_in_style(), console.only_json() if as_json else nullcontext():
         return verb.run(args)
+
+
+def _require_processes(name: str) -> None:
+    """Refuse a verb that several processes would each do whole, over each other's files."""
+    if name not in VERBS or name in _IN_PROCESSES or num_launched() == 1:
+        return
+    if not speaks():
+        raise failed_elsewhere(0, RequestError.exit_code)
+    raise RequestError(
+        f"{name} is the work of one process",
+        where="the environment, WORLD_SIZE",
+        expected=f"one process; in several: {', '.join(_IN_PROCESSES)}",
+        found=str(num_launched()),
+        remedy=f"start it without torchrun or accelerate launch: lorakit {name}",
+    )
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
@@ -180,6 +199,8 @@ def _warnings_in_style() -> Iterator[None]:
 
 
 def _failed(error: LorakitError, as_json: bool) -> int:
+    if isinstance(error, FailedElsewhereError):
+        return error.exit_code
     if as_json:
         fields = {"type": type(error).__name__, **console.error_fields(error)}
         console.print_json({"error": fields})

@@ -6,7 +6,6 @@ import argparse
 
 from lorakit.cli import console
 from lorakit.cli.fields import one_file, show_fields
-from lorakit.errors import RequestError
 from lorakit.formatting import format_count
 from lorakit.report.sweeps import sweep_table
 from lorakit.sweep.config import SweepConfig

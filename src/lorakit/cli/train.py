@@ -14,6 +14,7 @@ from lorakit.formatting import (
     format_number,
     format_share,
 )
+from lorakit.processes import processes
 from lorakit.train.config import TrainConfig
 from lorakit.train.overrides import apply_overrides
 from lorakit.train.run import TrainResult, train
@@ -44,7 +45,11 @@ def run(args: argparse.Namespace) -> int:
     if args.fields:
         show_fields("keys of a training config", TrainConfig.fields(), as_json=args.json)
         return 0
-    result = train(read_config(args.config), resume=args.resume, say=console.note)
+    with processes() as group:
+        config = group.everywhere(lambda: read_config(args.config))
+        result = train(config, resume=args.resume, say=console.note)
+    if not group.is_first:
+        return 0
     if args.json:
         console.print_json({"directory": str(result.directory), **result.record})
     else:

@@ -108,6 +108,35 @@ def load_adapter(
 
 def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> None:
     """Write the adapter's directory; see `save_adapter`."""
+    tensors, stacked = _stored_tensors(adapter)
+    with atomic_directory(path, replace=replace) as staging:
+        save_file(tensors, str(staging / TENSORS_NAME), metadata={"format": "pt"})
+        write_json(staging / CONFIG_NAME, dict(sorted(config_for(adapter, stacked).items())))
+        write_passport(adapter, staging)
+
+
+def changed_since_saved(adapter: Adapter, path: Path) -> list[str]:
+    """Read a directory again: the tensors that are not, bit for bit, those of the adapter.
+
+    Raises:
+        AdapterFileError: it cannot be read.
+    """
+    read_adapter(path)
+    expected, _ = _stored_tensors(adapter)
+    found = read_tensors(path)
+    names = expected.keys() | found.keys()
+    return sorted(
+        name
+        for name in names
+        if name not in expected
+        or name not in found
+        or expected[name].dtype != found[name].dtype
+        or not torch.equal(expected[name].cpu(), found[name])
+    )
+
+
+def _stored_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
+    """The tensors of the file by name, and each module's rank and scaling."""
     tensors: dict[str, Tensor] = {}
     stacked: dict[str, tuple[int, float]] = {}
     for module, sites in adapter.modules().items():
@@ -124,11 +153,7 @@ def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> Non
         tensors[f"{_PREFIX}{module}.base_layer.bias"] = bias
     for name, value in adapter.overrides.items():
         tensors[f"{_PREFIX}{name}"] = value
-    tensors = {name: value.contiguous() for name, value in sorted(tensors.items())}
-    with atomic_directory(path, replace=replace) as staging:
-        save_file(tensors, str(staging / TENSORS_NAME), metadata={"format": "pt"})
-        write_json(staging / CONFIG_NAME, dict(sorted(config_for(adapter, stacked).items())))
-        write_passport(adapter, staging)
+    return {name: value.contiguous() for name, value in sorted(tensors.items())}, stacked
 
 
 def read_adapter(path: Path) -> Adapter:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lorakit.adapters.attach import active_adapter
@@ -90,7 +91,9 @@ class LabelHead:
         self._watch = HeadWatch(self._head)
         self._full = False
         self._checked = False
-        self._packs = takes_packed(model)
+        # Processes that split the base call it equally often; its head's weight is not here whole.
+        self._in_shards = isinstance(model, FSDPModule)
+        self._packs = takes_packed(model) and not self._in_shards
         self._plain_head = False
 
     @property
@@ -252,7 +255,7 @@ class LabelHead:
         if logits.shape[:-1].numel() != num_positions:
             return None
         if not self._checked:
-            self._plain_head = logits is selection.output
+            self._plain_head = logits is selection.output and not self._in_shards
         return logits.reshape(num_positions, logits.shape[-1])
 
     def _whole(self, batch: Batch, mask: Tensor) -> Tensor:

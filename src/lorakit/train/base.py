@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from lorakit.adapters.fingerprint import fingerprint
@@ -33,14 +34,21 @@ class LoadedBase:
     loaded_bytes: int
 
 
-def load_base(config: TrainConfig, prepared: Preparation) -> LoadedBase:
+def load_base(
+    config: TrainConfig, prepared: Preparation, device: torch.device | None = None
+) -> LoadedBase:
     """Load what the config names, with the attention it asks for.
+
+    Args:
+        config: the run.
+        prepared: the same, prepared.
+        device: where to; None for where the run computes.
 
     Raises:
         ModelError: it cannot be loaded.
     """
     process_bytes = memory_bytes()
-    model = prepared.objective.load_model(prepared.dtype)
+    model = prepared.objective.load_model(prepared.dtype, device)
     quantization = quantization_of(model)
     if config.model.attention is not None:
         use_attention(model, config.model.attention)

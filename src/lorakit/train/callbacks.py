@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorakit.errors import ConfigError
+from lorakit.processes import Processes
 from lorakit.progress import Bar
 from lorakit.train.interrupt import Interrupt
 from lorakit.train.metrics import Line, MetricsLog
@@ -54,21 +55,30 @@ class FlowCallback(TrainerCallback):
 
     There, a save by steps can come before a validation by epochs at the same step, and a run
     resumed from it never validates. Here both are counted in steps and the checkpoint is last.
+
+    Args:
+        cadence: of the run.
+        interrupt: whether the run is asked to stop.
+        processes: those of the run; a signal that reaches one of them stops all at the same step.
     """
 
-    def __init__(self, cadence: Cadence, interrupt: Interrupt) -> None:
+    def __init__(
+        self, cadence: Cadence, interrupt: Interrupt, processes: Processes | None = None
+    ) -> None:
         self._cadence = cadence
         self._interrupt = interrupt
+        self._processes = processes or Processes()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Set the flags for logging, validating, saving and stopping."""
         step = state.global_step
+        requested = self._processes.any(self._interrupt.requested)
         control.should_log = True
         control.should_evaluate = self._cadence.evaluates(step)
-        control.should_save = self._cadence.saves(step) or self._interrupt.requested
-        if step >= self._cadence.max_steps or self._interrupt.requested:
+        control.should_save = self._cadence.saves(step) or requested
+        if step >= self._cadence.max_steps or requested:
             control.should_training_stop = True
 
 
@@ -83,12 +93,16 @@ class TimeCallback(TrainerCallback):
         limit_s: the time, from the first step.
         cadence: of the run.
         spent_s: what the run has used before it was resumed.
+        processes: those of the run; the clock of the first one counts.
     """
 
-    def __init__(self, limit_s: float, cadence: Cadence, spent_s: float) -> None:
+    def __init__(
+        self, limit_s: float, cadence: Cadence, spent_s: float, processes: Processes | None = None
+    ) -> None:
         self._limit_s = limit_s
         self._cadence = cadence
         self._spent_s = spent_s
+        self._processes = processes or Processes()
         self._began = 0.0
 
     def on_train_begin(
@@ -106,7 +120,7 @@ class TimeCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Move the schedule; stop when no further step fits."""
-        passed_s = time.monotonic() - self._began
+        passed_s = self._processes.from_first(time.monotonic() - self._began)
         if lr_scheduler is not None:
             due = int(passed_s / self._limit_s * self._cadence.max_steps)
             lr_scheduler.last_epoch = max(

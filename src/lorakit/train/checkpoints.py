@@ -219,6 +219,11 @@ class CheckpointStore:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def generators_of(checkpoint: Path, rank: int) -> Path:
+    """Where a checkpoint of several processes keeps the random generators of one."""
+    return checkpoint / f"process-{rank}"
+
+
 def save_state(method: Method, model: nn.Module, directory: Path) -> None:
     """Write the learned tensors themselves, bit for bit, whatever the adapter's file layout does.
 

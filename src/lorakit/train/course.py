@@ -12,6 +12,7 @@ from torch import nn
 from lorakit.errors import TrainingError
 from lorakit.files import write_json, write_text
 from lorakit.methods.base import Method, TrainableReport
+from lorakit.methods.reread import check_saved
 from lorakit.train.base import LoadedBase
 from lorakit.train.callbacks import Cadence
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore, RunState, load_state
@@ -116,7 +117,8 @@ class Course:
             facts: of the process: see `record.run_record`.
 
         Raises:
-            TrainingError: no checkpoint was written, or the best one is gone.
+            TrainingError: no checkpoint was written, the best one is gone, or what was saved does
+                not read as what was learned.
         """
         last = self.store.last()
         if last is None:
@@ -137,6 +139,7 @@ class Course:
         }
         adapter = self.directory / ADAPTER
         self.method.save(model, adapter, {**self.passport, "metrics": metrics})
+        check_saved(self.method, model, adapter)
         report = ranks_now(self.method, model, report)
         record = run_record(
             self.config,

@@ -21,12 +21,17 @@ class TrainingPaused(WorkError):  # noqa: N818 - asked for, and nothing is lost
 class Interrupt:
     """Notes the first SIGINT or SIGTERM inside its block; a second one stops at once.
 
+    Args:
+        insists: whether a second one stops. A launcher passes on what the terminal has sent to its
+            processes already, and kills those that do not come to an end in time.
+
     Attributes:
         requested: whether a signal came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, insists: bool = True) -> None:
         self.requested = False
+        self._insists = insists
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -46,7 +51,8 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if self._insists:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

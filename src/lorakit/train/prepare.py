@@ -32,7 +32,9 @@ from lorakit.planner.memory import (
     free_memory_bytes,
     require_room,
 )
+from lorakit.planner.network import shard_bytes
 from lorakit.planner.step import BatchShape
+from lorakit.processes import Processes
 from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
 from lorakit.train.context import require_context
 from lorakit.train.objectives.base import ExampleSet, Objective
@@ -89,6 +91,7 @@ class Preparation:
         bf16: whether the forward pass is autocast to bfloat16.
         steps_per_epoch: optimizer steps in one pass over the data.
         max_steps: optimizer steps in all.
+        num_processes: how many take a batch each at the same time.
         notes: what the user should know, one sentence each.
     """
 
@@ -106,6 +109,7 @@ class Preparation:
     bf16: bool
     steps_per_epoch: int
     max_steps: int
+    num_processes: int = 1
 
     def lines(self, config: TrainConfig) -> list[str]:
         """The plan in sentences, to be said before the model is loaded."""
@@ -123,13 +127,17 @@ class Preparation:
             f"method: {config.method}, {self.plan.num_trainable:,} of {self.plan.num_total:,} "
             f"parameters ({format_share(self.plan.share)} of all) at {len(self.plan.sites)} sites",
             f"steps: {self.max_steps:,} ({epochs:.3g} epochs), batch {config.train.batch_size} x "
-            f"{config.train.gradient_accumulation}",
+            f"{config.train.gradient_accumulation}{self._in_processes}",
             f"precision: {precision}, on {self.device.type}",
             f"memory: {self.memory}, {format_bytes(self.free_bytes)} free",
             f"checkpoints: about {format_bytes(self.checkpoint_bytes)} each, at most {num_kept} "
             "kept",
             *(f"note: {note}" for note in self.notes()),
         ]
+
+    @property
+    def _in_processes(self) -> str:
+        return "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
 
     @property
     def trains_all(self) -> bool:
@@ -174,17 +182,26 @@ class Preparation:
         return found
 
 
-def prepare(config: TrainConfig, *, like: Preparation | None = None) -> Preparation:
+def prepare(
+    config: TrainConfig,
+    *,
+    like: Preparation | None = None,
+    processes: Processes | None = None,
+    sharded: bool = False,
+) -> Preparation:
     """Read the rows, plan the adapter, estimate the memory; no weights are loaded.
 
     Args:
         config: the run.
         like: a run of the same task on the same rows, whose examples are taken.
+        processes: those that train it together.
+        sharded: whether they split the base; else each holds all of it.
 
     Raises:
         ModelError, DataError, TargetError, SpecError: what is asked for is not there or cannot be.
         MemoryPlanError: the run cannot fit.
     """
+    group = processes or Processes()
     require_storage(config, default_device())
     tokenizer = like.tokenizer if like else load_tokenizer(config.model.ref)
     rows = (like.data.train_rows, like.data.validation_rows) if like else read_rows(config)
@@ -201,18 +218,12 @@ def prepare(config: TrainConfig, *, like: Preparation | None = None) -> Preparat
     setup = _setup(config, dtype, device, four_bit=holds_four_bit(base))
     batch = _largest_batch(data, objective, config.train.batch_size)
     memory = estimate_training(base, config.make_method(beside), batch, setup).memory
-    free_bytes = free_memory_bytes(device)
-    require_room(memory, free_bytes)
-    if memory.total_bytes > free_bytes:
-        warnings.warn(
-            f"the run may not fit in memory: {memory}, {format_bytes(free_bytes)} free; lower "
-            "train.batch_size or data.max_length, or set train.gradient_checkpointing",
-            LorakitWarning,
-            stacklevel=2,
-        )
-    per_epoch = steps_per_epoch(
-        len(data.train), config.train.batch_size, config.train.gradient_accumulation
-    )
+    if sharded:
+        held = shard_bytes(base, memory.weights_bytes, group.num)
+        memory = replace(memory, weights_bytes=held)
+    free_bytes = _room(memory, device, group)
+    together = config.train.batch_size * group.num
+    per_epoch = steps_per_epoch(len(data.train), together, config.train.gradient_accumulation)
     return Preparation(
         tokenizer=tokenizer,
         objective=objective,
@@ -229,7 +240,31 @@ def prepare(config: TrainConfig, *, like: Preparation | None = None) -> Preparat
         steps_per_epoch=per_epoch,
         max_steps=config.train.max_steps
         or math.ceil((config.train.epochs or DEFAULT_EPOCHS) * per_epoch),
+        num_processes=group.num,
     )
+
+
+def _room(memory: MemoryEstimate, device: torch.device, processes: Processes) -> int:
+    """The bytes that are free for this process.
+
+    Raises:
+        MemoryPlanError: they are too few, whatever the batch is.
+
+    Warns:
+        LorakitWarning: they may be too few.
+    """
+    free_bytes = free_memory_bytes(device)
+    if device.type == "cpu":
+        free_bytes //= processes.num_here
+    require_room(memory, free_bytes)
+    if memory.total_bytes > free_bytes:
+        warnings.warn(
+            f"the run may not fit in memory: {memory}, {format_bytes(free_bytes)} free; lower "
+            "train.batch_size or data.max_length, or set train.gradient_checkpointing",
+            LorakitWarning,
+            stacklevel=3,
+        )
+    return free_bytes
 
 
 def estimate_batch(config: TrainConfig, prepared: Preparation, batch: BatchShape) -> MemoryEstimate:

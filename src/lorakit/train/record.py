@@ -45,12 +45,17 @@ class Clock:
 class WarningLog:
     """Notes the LorakitWarnings shown inside its block; they are shown all the same.
 
+    Args:
+        show: whether they are; of several processes the first one shows its own, and the record
+            has those of all.
+
     Attributes:
         messages: their texts, each once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, show: bool = True) -> None:
         self.messages: list[str] = []
+        self._is_shown = show
         self._show: Callable[..., None] = warnings.showwarning
 
     def __enter__(self) -> WarningLog:
@@ -69,7 +74,8 @@ class WarningLog:
     def _note(self, message: Warning | str, category: type[Warning], *place: Any) -> None:
         if issubclass(category, LorakitWarning) and str(message) not in self.messages:
             self.messages.append(str(message))
-        self._show(message, category, *place)
+        if self._is_shown:
+            self._show(message, category, *place)
 
 
 def passport(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
@@ -137,6 +143,7 @@ def run_record(
         ),
         "precision": "bf16" if prepared.bf16 else "fp32",
         "device": prepared.device.type,
+        "num_processes": prepared.num_processes,
         "seed": config.seed,
         "versions": versions(),
         "hardware": hardware(),

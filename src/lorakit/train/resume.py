@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset(
 )
 
 CHECKPOINTS = "checkpoints"
+BATCH_SIZE = "train.batch_size"
 
 
 def identity(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
@@ -52,7 +53,9 @@ def identity(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
         "data": prepared.data.hashes(),
         "adapters": hashes(config.beginnings),
         "max_steps": prepared.max_steps,
+        "rows_together": config.train.batch_size * prepared.num_processes,
         "machine": {
+            "num_processes": prepared.num_processes,
             "torch": versions()["torch"],
             "transformers": versions()["transformers"],
             "num_threads": torch.get_num_threads(),
@@ -83,7 +86,8 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
             remedy="start the run afresh, without resume, into an empty directory",
         )
     changed = changed_keys(checkpoint.identity["config"], config.to_dict())
-    refused = [key for key in changed if key not in MAY_CHANGE]
+    # The rows that all processes take together may not change; see `check_same_run`.
+    refused = [key for key in changed if key not in MAY_CHANGE and key != BATCH_SIZE]
     if refused:
         raise ConfigError(
             "the config is not the one this run was started with",
@@ -115,6 +119,7 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     """Compare what only the prepared run knows with the checkpoint.
 
     Raises:
+        ConfigError: the processes together take more or fewer rows than they did.
         DataError: the rows are not the same.
         AdapterFileError: an adapter that the run begins with, or is compared with, is another one.
 
@@ -122,6 +127,7 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         LorakitWarning: the length of the run changed under a schedule, or the machine did.
     """
     then = checkpoint.identity
+    _check_same_batch(then, now)
     for split, sha256 in now["data"].items():
         if then["data"][split] != sha256:
             raise DataError(
@@ -148,7 +154,7 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
             LorakitWarning,
             stacklevel=3,
         )
-    changed = changed_keys(then["machine"], now["machine"])
+    changed = changed_keys({"num_processes": 1, **then["machine"]}, now["machine"])
     if changed:
         shown = ", ".join(
             f"{key} {then['machine'].get(key)} -> {now['machine'].get(key)}" for key in changed
@@ -158,6 +164,24 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
             LorakitWarning,
             stacklevel=3,
         )
+
+
+def _check_same_batch(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Processes may come and go; the order of the rows is that of the rows taken together."""
+    before = then.get("rows_together", then["config"]["train"]["batch_size"])
+    if before == now["rows_together"]:
+        return
+    num = now["machine"]["num_processes"]
+    fits = before % num == 0
+    raise ConfigError(
+        "the processes together take another number of rows than this run was started with",
+        where=BATCH_SIZE,
+        expected=f"batch_size x processes = {before}",
+        found=f"{now['config']['train']['batch_size']} x {num}",
+        remedy=f"resume with {BATCH_SIZE}={before // num}"
+        if fits
+        else f"resume in a number of processes that divides {before}",
+    )
 
 
 def check_same_base(checkpoint: Checkpoint, sha256: str) -> None:

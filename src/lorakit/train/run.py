@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -10,14 +9,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from lorakit.errors import RequestError
 from lorakit.files import only_writer, require_free
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.checkpointing import checkpoint_activations
 from lorakit.models.fast_layers import use_fast_layers
+from lorakit.processes import Processes, processes
 from lorakit.progress import progress
 from lorakit.train.base import LoadedBase, load_base
 from lorakit.train.callbacks import (
@@ -29,6 +30,7 @@ from lorakit.train.callbacks import (
     require_tensorboard,
 )
 from lorakit.train.checkpoints import Checkpoint, load_state
+from lorakit.train.combine import require_processes
 from lorakit.train.config import TrainConfig
 from lorakit.train.course import Course, TrainResult
 from lorakit.train.data_start import (
@@ -47,6 +49,7 @@ from lorakit.train.resume import (
     check_same_run,
     find_start,
 )
+from lorakit.train.sharded import Sharding, in_turn, shard_base, sharding_asked
 from lorakit.train.steps import sampler_of, step_options, training_arguments
 from lorakit.train.trainer import AdapterTrainer, TrainerParts
 
@@ -65,6 +68,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
     unless `train.max_minutes` ends the run by the clock. A resumed run may change only what
     `resume.MAY_CHANGE` lists.
 
+    Started by a launcher in several processes, all of them call it with the same config; the first
+    one speaks and writes, and all get its result.
+
     Args:
         config: the run.
         resume: go on from the newest whole checkpoint in the output directory.
@@ -75,53 +81,57 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
             written.
         TrainingError: a loss or gradient that is not finite.
         TrainingPaused: Ctrl-C or SIGTERM; a checkpoint was written.
+        FailedElsewhereError: another process of several failed, and says why.
     """
-    _require_one_process()
-    if config.train.tensorboard:
-        require_tensorboard()
     clock = Clock()
-    with WarningLog() as warned:
-        start = find_start(config, resume=resume)
-        prepared = prepare(config)
-        for line in prepared.lines(config):
-            say(line)
-        run = _Run(config, prepared, start, say)
-        if start is not None:
-            check_same_run(start, run.course.identity)
-            say(f"resuming from step {start.step} of {prepared.max_steps}")
-        run.load()
+    with processes() as group, WarningLog(show=group.is_first) as warned:
+        run = group.everywhere(lambda: _prepared_run(config, group, resume=resume, say=say))
+        run.load_everywhere()
         clock.mark("load_s")
-        if start is None:
-            require_free(config.output)
-        with only_writer(config.output):
+        with ExitStack() as stack:
+            group.on_first(lambda: run.take_directory(stack))
             run.fit()
             clock.mark("train_s")
-            return run.finish(clock, warned.messages)
+            told = dict.fromkeys(text for texts in group.gather(warned.messages) for text in texts)
+            return group.on_first(lambda: run.finish(clock, list(told)))
 
 
-def _require_one_process() -> None:
-    """Refuse what a launcher of several processes started.
+def _prepared_run(config: TrainConfig, group: Processes, *, resume: bool, say: Say) -> _Run:
+    """The run with everything checked that can be before anything is loaded."""
+    sharding = sharding_asked(group)
+    require_processes(config, group, sharded=sharding is not None)
+    if config.train.tensorboard:
+        require_tensorboard()
+    start = find_start(config, resume=resume)
+    prepared = prepare(config, processes=group, sharded=sharding is not None)
+    run = _Run(config, prepared, start, say if group.is_first else _silent, group)
+    run.sharding = sharding
+    for line in prepared.lines(config):
+        run.say(line)
+    if start is not None:
+        check_same_run(start, run.course.identity)
+        run.say(f"resuming from step {start.step} of {prepared.max_steps}")
+    return run
 
-    Rows, steps and checkpoints are counted for one process; in several, each would train on all
-    rows and write over the others' files.
-    """
-    num_processes = os.environ.get("WORLD_SIZE", "1")
-    if num_processes not in ("", "0", "1"):
-        raise RequestError(
-            "training in several processes is not in this version",
-            where="the environment, WORLD_SIZE",
-            expected="one process",
-            found=num_processes,
-            remedy="start it without torchrun or accelerate launch: lorakit train CONFIG.yaml",
-        )
+
+def _silent(line: str) -> None:
+    """Another process says it."""
 
 
 class _Run:
     """The run between its checks and its result."""
 
     def __init__(
-        self, config: TrainConfig, prepared: Preparation, start: Checkpoint | None, say: Say
+        self,
+        config: TrainConfig,
+        prepared: Preparation,
+        start: Checkpoint | None,
+        say: Say,
+        group: Processes,
     ) -> None:
+        self.group = group
+        self.sharding: Sharding | None = None
+        self._mesh: DeviceMesh | None = None
         self.config = config
         self.prepared = prepared
         self.start = start
@@ -134,9 +144,20 @@ class _Run:
         self.model: PreTrainedModel
         self.report: TrainableReport
 
+    def load_everywhere(self) -> None:
+        """Load in each process, so that all of them begin with the first one's numbers."""
+        if self.sharding is None:
+            self.group.everywhere(self.load)
+        else:
+            self._mesh = init_device_mesh(self.prepared.device.type, (self.group.num,))
+            in_turn(self.group, self.load)
+            self.say(f"the base is split over {self.group.num} processes (FSDP2)")
+        self.group.copy_first(list(self.method.state(self.model).values()))
+
     def load(self) -> None:
-        """Load the base and attach the adapter."""
-        self.base = load_base(self.config, self.prepared)
+        """Load the base and attach the adapter; keep a share of the base where it is split."""
+        device = None if self.sharding is None else torch.device("cpu")
+        self.base = load_base(self.config, self.prepared, device)
         self.model = self.base.model
         if self.base.quantization is not None:
             self.say(f"base in {self.base.quantization}")
@@ -146,14 +167,18 @@ class _Run:
         self._choose_ranks()
         set_seed(self.config.seed)
         self.report = self.method.attach(self.model)
-        use_fast_norms(self.model)
-        use_fast_layers(self.model)
+        if self.sharding is None:
+            # These read weights of the base behind its modules' backs.
+            use_fast_norms(self.model)
+            use_fast_layers(self.model)
         if self.start is None:
             self._start_from_data()
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.prepared = self.prepared.with_model(self.model, self.method, self.base.sha256)
         self.course.prepared = self.prepared
+        if self.sharding is not None and self._mesh is not None:
+            shard_base(self.model, self._mesh, self.sharding, self.prepared.device)
 
     def _choose_ranks(self) -> None:
         """Ranks that the data decides; a resumed run takes those it was begun with."""
@@ -173,7 +198,7 @@ class _Run:
             self.prepared.data.train,
             self.prepared.objective.collate,
             num_batches=self.config.train.init_batches,
-            batch_size=self.config.train.batch_size,
+            batch_size=self.config.train.batch_size * self.group.num,
             seed=self.config.seed,
         )
 
@@ -182,9 +207,19 @@ class _Run:
         if seen:
             self.say(f"lora.init: {self.config.lora.init} has looked at {seen} batches")
 
+    def take_directory(self, stack: ExitStack) -> None:
+        """Make the output directory this run's own until the stack is left.
+
+        Raises:
+            OutputError: it is not free, or another run writes there.
+        """
+        if self.start is None:
+            require_free(self.config.output)
+        stack.enter_context(only_writer(self.config.output))
+        self.course.open()
+
     def fit(self) -> None:
         """Train from the start or the checkpoint to the end; the adapter stays in the model."""
-        self.course.open()
         if self.start is not None and self.course.is_over(self.start):
             # Trainer would take one more step before it looks at the number of steps.
             load_state(self.method, self.model, self.start.path)
@@ -192,24 +227,8 @@ class _Run:
             return
         done = 0 if self.start is None else self.start.step
         with ExitStack() as stack:
-            bar = stack.enter_context(progress("training", self.prepared.max_steps))
-            if done:
-                bar.advance(done)
-            interrupt = stack.enter_context(Interrupt())
-            callbacks: list[TrainerCallback] = [
-                FlowCallback(self.course.cadence, interrupt),
-                MetricsCallback(self.course.metrics),
-                ProgressCallback(bar),
-            ]
-            if self.config.train.max_minutes is not None:
-                limit_s = 60 * self.config.train.max_minutes
-                spent_s = self.course.state.busy_s
-                callbacks.insert(1, TimeCallback(limit_s, self.course.cadence, spent_s))
-            if self.config.train.tensorboard:
-                board = TensorBoardCallback(self.course.directory / "tensorboard", done)
-                stack.callback(board.close)
-                callbacks.append(board)
-            trainer = self._trainer(callbacks)
+            interrupt = stack.enter_context(Interrupt(insists=self.group.alone))
+            trainer = self._trainer(self._callbacks(stack, interrupt, done))
             state = self.course.state
             trainer.run_state = replace(
                 state, num_sessions=state.num_sessions + (self.start is not None)
@@ -222,8 +241,31 @@ class _Run:
                 raise self._paused(self.store.last()) from error
             self.course.state = trainer.run_state
             last = self.store.last()
-            if interrupt.requested and (last is None or not self.course.is_over(last)):
-                raise self._paused(last)
+            requested = self.group.any(interrupt.requested)
+            if requested and (last is None or not self.course.is_over(last)):
+                raise self.group.shared(self._paused(last))
+
+    def _callbacks(
+        self, stack: ExitStack, interrupt: Interrupt, done: int
+    ) -> list[TrainerCallback]:
+        """What happens around the steps; only the first process shows and writes it."""
+        course, group = self.course, self.group
+        callbacks: list[TrainerCallback] = [FlowCallback(course.cadence, interrupt, group)]
+        if self.config.train.max_minutes is not None:
+            limit_s = 60 * self.config.train.max_minutes
+            spent_s = course.state.busy_s
+            callbacks.append(TimeCallback(limit_s, course.cadence, spent_s, group))
+        if not group.is_first:
+            return callbacks
+        bar = stack.enter_context(progress("training", self.prepared.max_steps))
+        if done:
+            bar.advance(done)
+        callbacks += [MetricsCallback(course.metrics), ProgressCallback(bar)]
+        if self.config.train.tensorboard:
+            board = TensorBoardCallback(course.directory / "tensorboard", done)
+            stack.callback(board.close)
+            callbacks.append(board)
+        return callbacks
 
     def finish(self, clock: Clock, warned: list[str]) -> TrainResult:
         """Save the final adapter and the record."""
@@ -263,7 +305,7 @@ class _Run:
             train=data.train,
             validation=data.validation,
             collate=self.prepared.objective.collate,
-            sampler=sampler_of(config, data.train),
+            sampler=sampler_of(config, data.train, self.group.num),
             origin=data.train_rows.origin,
             method=self.method,
             passport=self.course.passport,
@@ -272,10 +314,11 @@ class _Run:
             saves_method=not self.prepared.trains_all,
             fresh=self.start is None,
             ranks=moving_ranks_of(self.method, self.model, config.adalora, max_steps),
+            processes=self.group,
         )
         return AdapterTrainer(
             self.model,
-            training_arguments(config, max_steps),
+            training_arguments(config, max_steps, placed=self.sharding is not None),
             parts=parts,
             options=steps,
             callbacks=callbacks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,9 +15,21 @@ from transformers.optimization import get_scheduler
 
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.methods.base import Method
+from lorakit.processes import Processes
 from lorakit.train.callbacks import Cadence
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet
+
+
+class _NotOurs(logging.Filter):
+    """Holds back advice on how to start several processes: they are joined here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is shown."""
+        return "parallel_mode != ParallelMode.DISTRIBUTED" not in record.getMessage()
+
+
+logging.getLogger("transformers.training_args").addFilter(_NotOurs())
 
 # The names of transformers.
 _OPTIMIZERS = {"adamw": TrainingArguments.default_optim, "paged_adamw": "paged_adamw_32bit"}
@@ -43,6 +56,31 @@ class StepOptions:
     patience: int | None
     keep_best: bool
     best_metric: str = LOSS
+
+
+@dataclass(frozen=True, slots=True)
+class StepSums:
+    """What a step has added up so far: loss, tokens without padding, rows."""
+
+    loss: float = 0.0
+    num_tokens: float = 0
+    num_rows: float = 0
+
+    def plus(self, loss: float, num_tokens: int, num_rows: int) -> StepSums:
+        """With one more batch."""
+        return StepSums(self.loss + loss, self.num_tokens + num_tokens, self.num_rows + num_rows)
+
+
+def noted_by_all(noted: dict[str, float], num_rows: int, processes: Processes) -> dict[str, float]:
+    """What a learner noted of a step: the mean over the processes, weighted by their rows."""
+    if processes.alone:
+        return noted
+    told = [(rows, values) for rows, values in processes.gather((num_rows, noted)) if rows]
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, values in told for name in values):
+        known = [(rows, values[name]) for rows, values in told if name in values]
+        found[name] = sum(rows * value for rows, value in known) / sum(rows for rows, _ in known)
+    return found
 
 
 def step_options(
@@ -72,25 +110,51 @@ def cadence_of(config: TrainConfig, *, steps_per_epoch: int, max_steps: int) -> 
     )
 
 
-def sampler_of(config: TrainConfig, examples: ExampleSet) -> LengthGroupedSampler:
-    """The order of a config's training examples."""
+def sampler_of(
+    config: TrainConfig, examples: ExampleSet, num_processes: int = 1
+) -> LengthGroupedSampler:
+    """The order of a config's training examples, where so many processes each take a batch."""
     return LengthGroupedSampler(
         examples.lengths,
         config.train.batch_size,
         seed=config.seed,
+        num_processes=num_processes,
         grouped=config.train.length_grouping,
     )
 
 
 def steps_per_epoch(num_examples: int, batch_size: int, gradient_accumulation: int) -> int:
-    """Optimizer steps in one pass over the data; the last one may have fewer batches."""
+    """Optimizer steps in one pass over the data; the last one may have fewer batches.
+
+    Args:
+        num_examples: rows.
+        batch_size: rows that all processes take together.
+        gradient_accumulation: batches in a step.
+    """
     return math.ceil(math.ceil(num_examples / batch_size) / gradient_accumulation)
 
 
-def training_arguments(config: TrainConfig, max_steps: int) -> TrainingArguments:
-    """Transformers' arguments for this config; logging, saving and validating are ours."""
+class _PlacedArguments(TrainingArguments):
+    """For a model that is where it belongs: parameters in shards cannot be moved."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """False."""
+        return False
+
+
+def training_arguments(
+    config: TrainConfig, max_steps: int, *, placed: bool = False
+) -> TrainingArguments:
+    """Transformers' arguments for this config; logging, saving and validating are ours.
+
+    Args:
+        config: the run.
+        max_steps: optimizer steps in all.
+        placed: whether the model is on its device already and stays there.
+    """
     options = config.train
-    return TrainingArguments(
+    return (_PlacedArguments if placed else TrainingArguments)(
         output_dir=config.output,
         max_steps=max_steps,
         per_device_train_batch_size=options.batch_size,

@@ -9,15 +9,22 @@ for bit on a CPU:
 - The best checkpoint, the patience and the counters are part of the checkpoint (RunState).
 - Every step is logged, so no sum of losses is lost between two log lines.
 - A checkpoint is staged, hashed and renamed; see `checkpoints`.
+
+In several processes each takes its share of every batch, and the gradients are summed once in a
+step, behind the last backward pass: what is learned is small, so that there is little to gain from
+sending parts of it earlier, and a model may be called as often as an objective likes. What is
+counted, found not to be finite or asked to stop in one process is so in all. The first one writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -30,25 +37,39 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_callback import DefaultFlowCallback
 
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.errors import TrainingError
 from lorakit.methods.base import Method
+from lorakit.processes import Processes
 from lorakit.train.callbacks import EpochCallback, FiniteGradientCallback
-from lorakit.train.checkpoints import ADAPTER, CheckpointStore, RunState, load_state, save_state
+from lorakit.train.checkpoints import (
+    ADAPTER,
+    CheckpointStore,
+    RunState,
+    generators_of,
+    load_state,
+    save_state,
+)
 from lorakit.train.loaders import ROWS, Collate, training_loader
 from lorakit.train.moving_ranks import MovingRanks, MovingRanksCallback
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Objective, Validated
 from lorakit.train.steps import (
     StepOptions,
+    StepSums,
     autocast,
     build_optimizer,
     build_scheduler,
+    noted_by_all,
     steps_per_epoch,
 )
 from lorakit.train.validation import validate, validation_line
+
+# Between the seeds of two processes, whose dropout must differ.
+_SEED_STRIDE = 7_919
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +91,7 @@ class TrainerParts:
             not written twice.
         fresh: whether training begins, and does not go on from a checkpoint.
         ranks: the ranks that move while it learns, or None.
+        processes: those that train this run together.
     """
 
     objective: Objective
@@ -85,6 +107,7 @@ class TrainerParts:
     saves_method: bool = True
     fresh: bool = True
     ranks: MovingRanks | None = None
+    processes: Processes = field(default_factory=Processes)
 
 
 class AdapterTrainer(Trainer):
@@ -113,20 +136,24 @@ class AdapterTrainer(Trainer):
         self.parts = parts
         self.options = options
         self.run_state = RunState()
+        self.processes = parts.processes
         self.adapter_model = model
+        self._learned = [p for p in model.parameters() if p.requires_grad]
         self.learner = parts.objective.bind(model, parts.method, fresh=parts.fresh)
         # Our loss divides by the labels, or rows, of all accumulated batches itself.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._step_batches = 1
         self._step_rows: list[int] = []
-        self._step_loss = 0.0
-        self._step_tokens = 0
+        self._step = StepSums()
+        self._counts = True  # whether the batch in hand is trained on; see `loaders.OwnShare`
         self._step_started = time.perf_counter()
-        for ours in (PrinterCallback, DefaultFlowCallback):
-            self.remove_callback(ours)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(DefaultFlowCallback)
         num_steps = steps_per_epoch(
-            len(parts.train), args.per_device_train_batch_size, args.gradient_accumulation_steps
+            len(parts.train),
+            args.per_device_train_batch_size * self.processes.num,
+            args.gradient_accumulation_steps,
         )
         self.add_callback(EpochCallback(parts.sampler.set_epoch, num_steps))
         self.add_callback(FiniteGradientCallback(self._stop_step))
@@ -134,6 +161,15 @@ class AdapterTrainer(Trainer):
             self.add_callback(MovingRanksCallback(parts.ranks))
         for callback in callbacks:
             self.add_callback(callback)
+        if self.processes.rank:
+            # The first process draws what it would draw alone.
+            set_seed(args.seed + _SEED_STRIDE * self.processes.rank)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate places the model; it must not wrap it: the gradients are summed here."""
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
 
     # Data
 
@@ -144,6 +180,7 @@ class AdapterTrainer(Trainer):
             self.parts.sampler,
             self.parts.collate,
             pin_memory=self.args.device.type == "cuda",
+            processes=self.processes,
         )
 
     def get_batch_samples(
@@ -151,9 +188,11 @@ class AdapterTrainer(Trainer):
     ) -> tuple[list[Inputs], Tensor]:
         """The batches of one optimizer step, and what their summed loss is divided by."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counts = [self.parts.objective.num_items(batch) for batch in batches]
+        counts = [self.parts.objective.num_items(batch) for batch in batches if len(batch[ROWS])]
         num_items = torch.stack(counts).sum() if counts else torch.tensor(0)
-        self._step_rows, self._step_loss, self._step_tokens = [], 0.0, 0
+        if not self.processes.alone:
+            num_items = torch.tensor(round(self.processes.sum([float(num_items)])[0]))
+        self._step_rows, self._step = [], StepSums()
         self._step_batches = max(1, len(batches))
         self._step_started = time.perf_counter()
         return batches, num_items.clamp(min=1).to(device)
@@ -182,12 +221,18 @@ class AdapterTrainer(Trainer):
         """Forward and backward of one batch; a loss that is not finite stops the run."""
         rows = inputs.pop(ROWS).tolist()
         self._step_rows.extend(rows)
-        self._step_tokens += int(inputs["attention_mask"].sum())
+        self._counts = bool(rows)
+        num_tokens = int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
-        value = float(loss)
-        if not math.isfinite(value):
-            self._stop_step("loss", f"{value}")
-        self._step_loss += value
+        self._step = self._step.plus(float(loss), num_tokens * self._counts, len(rows))
+        if self.accelerator.sync_gradients and not self.processes.alone:
+            self._step = StepSums(*self.processes.sum(astuple(self._step)))
+            self.processes.sum_gradients(self._learned)
+        elif not self.processes.alone:
+            # The others learn of it at the end of the step, where all of them stop.
+            return loss
+        if not math.isfinite(self._step.loss):
+            self._stop_step("loss", f"{self._step.loss}")
         return loss
 
     def compute_loss(
@@ -203,6 +248,8 @@ class AdapterTrainer(Trainer):
             num_items=num_items_in_batch,
             label_smoothing=self.options.label_smoothing,
         )
+        if not self._counts:
+            loss = loss * 0
         if self.parts.ranks is not None:
             penalty = self.parts.ranks.penalty() / self._step_batches
             # Its gradient, without its value: the loss that is shown is the task's.
@@ -233,17 +280,15 @@ class AdapterTrainer(Trainer):
             self.adapter_model,
             self.learner,
             (examples, self.parts.collate, self.args.per_device_eval_batch_size),
-            self._on_device,
+            cast(Any, self._prepare_inputs),
             bf16=self.options.bf16,
+            processes=self.processes,
         )
         self._note_validation(found)
         logs = validation_line(found, self.parts.objective, seconds)
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
-
-    def _on_device(self, batch: Inputs) -> Inputs:
-        return self._prepare_inputs(batch)  # pyright: ignore[reportReturnType]
 
     def _note_validation(self, found: Validated) -> None:
         step = self.state.global_step
@@ -278,36 +323,46 @@ class AdapterTrainer(Trainer):
 
     def _training_line(self, logs: dict[str, float]) -> dict[str, float]:
         step_s = time.perf_counter() - self._step_started
-        self.run_state = self.run_state.after_step(self._step_tokens, len(self._step_rows), step_s)
+        step = self._step
+        num_tokens = round(step.num_tokens)
+        self.run_state = self.run_state.after_step(num_tokens, round(step.num_rows), step_s)
         return {
-            "loss": self._step_loss,
+            "loss": step.loss,
             "grad_norm": float(logs["grad_norm"]),
             "lr": logs["learning_rate"],
-            "num_tokens": self._step_tokens,
+            "num_tokens": num_tokens,
             "step_s": step_s,
-            **self.learner.noted(),
+            **noted_by_all(self.learner.noted(), len(self._step_rows), self.processes),
         }
 
     def _stop_step(self, what: str, found: str) -> None:
         step = self.state.global_step + 1
-        names = [self.parts.origin(row) for row in self._step_rows]
+        rows = [row for share in self.processes.gather(self._step_rows) for row in share]
+        names = [self.parts.origin(row) for row in rows]
         shown = ", ".join(names[:16]) + (f", and {len(names) - 16} more" if len(names) > 16 else "")
         self._fail(f"the {what} is not finite", f"step {step}, batch of {shown}", found)
 
     def _fail(self, what: str, where: str, found: str) -> NoReturn:
         last = self.parts.checkpoints.last()
         kept = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-        raise TrainingError(
-            what,
-            where=where,
-            expected="a finite number",
-            found=found,
-            remedy=f"lower train.lr, set train.max_grad_norm, or look at these rows; {kept}",
+        raise self.processes.shared(
+            TrainingError(
+                what,
+                where=where,
+                expected="a finite number",
+                found=found,
+                remedy=f"lower train.lr, set train.max_grad_norm, or look at these rows; {kept}",
+            )
         )
 
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written by the first process; the others give it their generators' states and wait."""
+        generators = self.processes.gather(None if self.processes.alone else self._generators())
+        self.processes.on_first(lambda: self._write_checkpoint(generators))
+
+    def _write_checkpoint(self, generators: list[dict[str, bytes] | None]) -> None:
         step = self.state.global_step
         store = self.parts.checkpoints
         with store.write(step, self.run_state, self.parts.identity) as staging:
@@ -317,8 +372,25 @@ class AdapterTrainer(Trainer):
             if self.parts.ranks is not None:
                 self.parts.ranks.save(staging)
             self._save_optimizer_and_scheduler(str(staging))
-            self._save_rng_state(str(staging))
+            if self.processes.alone:
+                self._save_rng_state(str(staging))
+            for rank, files in enumerate(generators):
+                for name, content in (files or {}).items():
+                    place = generators_of(staging, rank)
+                    place.mkdir(parents=True, exist_ok=True)
+                    (place / name).write_bytes(content)
             self.state.save_to_json(str(staging / "trainer_state.json"))
+
+    def _generators(self) -> dict[str, bytes]:
+        """The states of this process's generators, as transformers writes them: name -> content."""
+        with tempfile.TemporaryDirectory() as directory:
+            self._save_rng_state(directory)
+            return {file.name: file.read_bytes() for file in Path(directory).iterdir()}
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.processes.alone:
+            checkpoint = str(generators_of(Path(checkpoint), self.processes.rank))
+        super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

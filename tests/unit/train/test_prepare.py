@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import tiny_runs
-from lorakit.errors import ModelError, RequestError, TargetError
+from lorakit.errors import ModelError, TargetError
 from lorakit.train.config import TrainConfig
 from lorakit.train.prepare import prepare
 from lorakit.train.run import train
@@ -69,15 +69,6 @@ def test_the_memory_of_a_tiny_run_is_not_zero(directory):
     num_params, num_base = prepared.plan.num_trainable, prepared.num_base_params
     share = f"{100 * num_params / (num_base + num_params):.1f} % of all"
     assert any(share in line for line in prepared.lines(config))
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_several_processes_are_refused_at_the_start(directory, monkeypatch, resume):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RequestError, match="several processes") as caught:
-        train(tiny_runs.config(directory), resume=resume, say=print)
-    assert caught.value.exit_code == 2
-    assert not (directory / "run").exists()
 
 
 def test_one_process_of_a_launcher_trains(directory, monkeypatch):

@@ -98,8 +98,15 @@ class Learner(Protocol):
         """What the batches since the last call told beside their loss, for the step's line."""
         ...
 
-    def validate(self, batches: Iterable[Inputs]) -> Validated:
-        """Loss and metrics over all batches; called in eval mode and without gradient."""
+    def observe(self, batches: Iterable[Inputs]) -> Any:
+        """What `conclude` needs of these rows; called in eval mode and without gradient.
+
+        It can be pickled, so that processes can each look at a share of the rows.
+        """
+        ...
+
+    def conclude(self, observed: Sequence[Any]) -> Validated:
+        """Loss and metrics over all rows that were observed."""
         ...
 
 
@@ -137,8 +144,8 @@ class Objective(Protocol):
         """
         ...
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with its weights, ready for the method to attach."""
+    def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+        """The model with its weights, ready for the method; device None: where a run computes."""
         ...
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:

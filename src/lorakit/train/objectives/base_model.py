@@ -11,14 +11,17 @@ from lorakit.models.packing import can_pack
 from lorakit.train.config import ModelSection
 
 
-def load_to_pack(base: ModelSection, dtype: torch.dtype) -> PreTrainedModel:
+def load_to_pack(
+    base: ModelSection, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
     """The base as it is; on a CPU with the attention that lets batches be packed.
 
     Args:
         base: which one, and with which attention if that is said.
         dtype: what its weights are kept in.
+        device: where to; None for where a run computes.
     """
-    model = load_base_model(base.ref, base.quantize, dtype=dtype)
+    model = load_base_model(base.ref, base.quantize, dtype=dtype, device=device)
     if base.attention is None and model.device.type == "cpu" and can_pack(model):
         use_attention(model, GROUPED)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -74,10 +75,10 @@ class ClassifyObjective:
         """The base with the head."""
         return empty_classifier(self._base, self.head)
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The base with the head, which starts from the run's seed."""
         base = self._config.model
-        return load_base_model(base.ref, base.quantize, dtype=dtype, head=self.head)
+        return load_base_model(base.ref, base.quantize, dtype=dtype, device=device, head=self.head)
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:
         """The head."""
@@ -192,14 +193,21 @@ class ClassifyLearner:
         """Nothing."""
         return {}
 
-    def validate(self, batches: Iterable[Inputs]) -> Validated:
+    def observe(self, batches: Iterable[Inputs]) -> Predictions | None:
+        """See `predict`; None where there are no batches."""
+        rest = iter(batches)
+        first = next(rest, None)
+        return None if first is None else self.predict(chain([first], rest))
+
+    def conclude(self, observed: Sequence[Predictions | None]) -> Validated:
         """Mean loss per row, and every metric of the task over all rows."""
-        found = self.predict(batches)
-        num_rows = len(found.labels)
+        found = [some for some in observed if some is not None]
+        predicted = torch.cat([some.predicted for some in found])
+        labels = torch.cat([some.labels for some in found])
         return Validated(
-            loss=found.total_loss / num_rows,
-            num_items=num_rows,
-            metrics=score_all(found.predicted, found.labels, len(self._targets.names)),
+            loss=sum(some.total_loss for some in found) / len(labels),
+            num_items=len(labels),
+            metrics=score_all(predicted, labels, len(self._targets.names)),
         )
 
     def predict(self, batches: Iterable[Inputs]) -> Predictions:

@@ -61,9 +61,9 @@ class PreferenceObjective:
             plan_binding(base, self._reference.adapter)
         return base
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The base, ready to be packed, with the adapter attached that is the reference."""
-        model = load_to_pack(self._config.model, dtype)
+        model = load_to_pack(self._config.model, dtype, device)
         if self._reference.adapter is not None:
             bind_adapter(model, self._reference.adapter, REFERENCE)
         return model

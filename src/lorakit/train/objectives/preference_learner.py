@@ -65,6 +65,11 @@ class _Seen:
     desirable: Tensor
     kl: Tensor | None
 
+    def cpu(self) -> _Seen:
+        """The same on the CPU."""
+        kl = None if self.kl is None else self.kl.cpu()
+        return _Seen(self.rewards.cpu(), self.logps.cpu(), self.desirable.cpu(), kl)
+
 
 class PreferenceLearner:
     """The loss of a policy beside its reference: the same model with another adapter, or none.
@@ -117,15 +122,19 @@ class PreferenceLearner:
         self._seen, self._start = [], {}
         return found
 
-    def validate(self, batches: Iterable[Inputs]) -> Validated:
-        """Mean loss; how often, and by how much, the better answer has the higher reward."""
-        losses: list[Tensor] = []
-        seen: list[_Seen] = []
+    def observe(self, batches: Iterable[Inputs]) -> list[tuple[Tensor, _Seen]]:
+        """The losses of each batch, and what is kept of it, on the CPU."""
+        found: list[tuple[Tensor, _Seen]] = []
         for inputs in batches:
             answers = self._answers(inputs)
-            losses.append(self._losses(inputs, answers))
-            seen.append(self._see(inputs, answers))
-        each = torch.cat(losses).double()
+            found.append((self._losses(inputs, answers).cpu(), self._see(inputs, answers).cpu()))
+        return found
+
+    def conclude(self, observed: Sequence[list[tuple[Tensor, _Seen]]]) -> Validated:
+        """Mean loss; how often, and by how much, the better answer has the higher reward."""
+        batches = [batch for some in observed for batch in some]
+        each = torch.cat([losses for losses, _ in batches]).double()
+        seen = [part for _, part in batches]
         return Validated(loss=float(each.mean()), num_items=len(each), metrics=self._metrics(seen))
 
     def _see(self, inputs: Inputs, answers: _Answers) -> _Seen:

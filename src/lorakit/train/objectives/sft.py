@@ -47,9 +47,9 @@ class SftObjective:
         require_head(base)
         return base
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+    def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
         """The base as it is; on a CPU with the attention that lets batches be packed."""
-        return load_to_pack(self._config.model, dtype)
+        return load_to_pack(self._config.model, dtype, device)
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:
         """Nothing: the base has its head."""
@@ -110,11 +110,17 @@ class SftLearner:
         """Nothing."""
         return {}
 
-    def validate(self, batches: Iterable[Inputs]) -> Validated:
-        """Mean cross-entropy per label."""
+    def observe(self, batches: Iterable[Inputs]) -> tuple[float, int]:
+        """The summed cross-entropy, and the labels."""
         total, num_labels = 0.0, 0
         for inputs in batches:
             found = self.label_head.logits(inputs)
             total += float(found.nll().double().sum())
             num_labels += found.targets.numel()
+        return total, num_labels
+
+    def conclude(self, observed: Sequence[tuple[float, int]]) -> Validated:
+        """Mean cross-entropy per label."""
+        num_labels = sum(labels for _, labels in observed)
+        total = sum(nll for nll, _ in observed)
         return Validated(loss=total / max(num_labels, 1), num_items=num_labels)

@@ -1,0 +1,44 @@
+"""What a launcher of several processes (torchrun, accelerate) says in the environment."""
+
+from __future__ import annotations
+
+import os
+
+from lorakit.errors import RequestError, WorkError
+
+
+class FailedElsewhereError(WorkError):
+    """Another process failed and says why; this one ends without a word, with the same code."""
+
+
+def num_launched() -> int:
+    """How many processes a launcher says it has started; 1 without a launcher.
+
+    Raises:
+        RequestError: it says something that is no number.
+    """
+    return _number("WORLD_SIZE", 1) or 1
+
+
+def speaks() -> bool:
+    """Whether this process shows progress: the first of several does."""
+    return num_launched() == 1 or _number("RANK", 0) == 0
+
+
+def failed_elsewhere(rank: int, exit_code: int) -> FailedElsewhereError:
+    """The error of a process that ends because another one failed."""
+    error = FailedElsewhereError("another process failed", where=f"process {rank}")
+    error.exit_code = exit_code
+    return error
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise RequestError(
+            "what the launcher says of its processes cannot be read",
+            where=f"the environment, {name}",
+            expected="a whole number",
+            found=repr(text),
+        )
+    return int(text) if text else default

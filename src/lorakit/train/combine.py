@@ -1,0 +1,60 @@
+"""What does not go together with several processes, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from lorakit.adapters.spec import MOVING
+from lorakit.errors import ConfigError
+from lorakit.processes import Processes
+from lorakit.train.config import TrainConfig
+from lorakit.train.sharded import require_sharding
+
+
+def require_processes(config: TrainConfig, processes: Processes, *, sharded: bool) -> None:
+    """Refuse a run whose result would be another one in several processes.
+
+    Args:
+        config: the run.
+        processes: those that train it.
+        sharded: whether they split the base.
+
+    Raises:
+        ConfigError: with the key that stands against it.
+    """
+    _require_no_deepspeed()
+    if processes.alone:
+        return
+    if sharded:
+        require_sharding(config)
+    if config.lora.ranks == MOVING:
+        raise ConfigError(
+            "ranks that move while they learn are decided in one process",
+            where="lora.ranks",
+            expected="uniform, eva or gradient",
+            found=f"adalora in {processes.num} processes",
+            remedy="start it without a launcher: lorakit train CONFIG.yaml",
+        )
+    if config.task == "kto":
+        raise ConfigError(
+            "kto measures its distance over a whole batch, and processes see only their share",
+            where="task",
+            expected="one process, or task: sft, classify, dpo or orpo",
+            found=f"task: kto in {processes.num} processes",
+            remedy="start it without a launcher: lorakit train CONFIG.yaml",
+        )
+
+
+def _require_no_deepspeed() -> None:
+    """ZeRO-3 also splits what is learned, so that no process could save a whole adapter."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+        return
+    installed = importlib.util.find_spec("deepspeed") is not None
+    raise ConfigError(
+        "training under DeepSpeed is not in this version",
+        where="accelerate's setting use_deepspeed (ACCELERATE_USE_DEEPSPEED)",
+        expected="FSDP2, which splits the base in the same way and keeps the adapter whole",
+        found="deepspeed is installed" if installed else "deepspeed is not installed either",
+        remedy="accelerate launch --use_fsdp --fsdp_version 2 -m lorakit train CONFIG.yaml",
+    )
