@@ -91,9 +91,10 @@ def training_loader(
 
 
 def validation_batches(
-    examples: ExampleSet, collate: Collate, batch_size: int, processes: Processes
+    examples: ExampleSet, collate: Collate, batch_size: int, processes: Processes | None = None
 ) -> Iterable[Batch]:
     """Every example once, in batches of similar length, longest first; this process's share."""
+    processes = processes or Processes()
     lengths = examples.lengths
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(processes.rank * batch_size, len(order), processes.num * batch_size):
