@@ -17,6 +17,7 @@ pytestmark = pytest.mark.real
 ANSWER = " Saffron seven"
 
 
+@pytest.mark.slow
 def test_smollm2_learns_is_saved_loaded_and_generates(smollm2_path: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(smollm2_path)
     question = tokenizer("The word of the day is", return_tensors="pt")

@@ -71,6 +71,7 @@ def test_classifiers_are_scored_by_their_task_with_intervals(shared, tmp_path):
     assert lora["lr"]["chosen"] == min(searched, key=searched.__getitem__)
 
 
+@pytest.mark.slow
 def test_numbers_are_scored_by_pearson_and_the_limit_holds(shared, tmp_path):
     options = {"data": "score-dev.jsonl", "limit": 10}
     found = run(shared, tmp_path / "out", kind="score", eval=options)

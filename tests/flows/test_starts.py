@@ -34,7 +34,14 @@ def _config(directory: Path, output: str, lora: dict[str, Any], **changes: Any) 
     return TrainConfig.from_dict({**values, "lora": {**values["lora"], **lora}})
 
 
-@pytest.mark.parametrize("lora", _OPTIONS.values(), ids=list(_OPTIONS))
+@pytest.mark.parametrize(
+    "lora",
+    [
+        # The one that has everything in it each time, the others in the slow run.
+        pytest.param(lora, id=name, marks=[] if name == "lora_ga-dora" else pytest.mark.slow)
+        for name, lora in _OPTIONS.items()
+    ],
+)
 def test_a_run_in_two_sessions_is_the_run_in_one(tmp_path: Path, lora: dict[str, Any]) -> None:
     directory = tiny_runs.write_all(tmp_path)
     said: list[str] = []

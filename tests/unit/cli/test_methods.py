@@ -78,11 +78,21 @@ def test_added_biases_are_not_merged_and_nothing_is_left(runs, capsys, tmp_path)
 
 
 def test_plan_takes_lists_in_options_with_commas_and_a_single_name(base, answer):
-    words = ["plan", base, "--method", "lin", "--option", "bottleneck=4", "--option"]
+    words = [
+        "plan",
+        base,
+        "--length",
+        24,
+        "--method",
+        "lin",
+        "--option",
+        "bottleneck=4",
+        "--option",
+    ]
     both, one = (answer(*words, text)[1] for text in ("blocks=0,1", "blocks=[1]"))
     assert (both["options"]["blocks"], one["options"]["blocks"]) == ([0, 1], [1])
     assert both["trainable_params"] > one["trainable_params"]
-    words = ["plan", base, "--method", "last_layers", "--option"]
+    words = ["plan", base, "--length", 24, "--method", "last_layers", "--option"]
     beside = answer(*words, "also_train=model.norm,lm_head")[1]["options"]["also_train"]
     assert beside == ["model.norm", "lm_head"]
     name = answer(*words, r"also_train=layers\.\d{0,1}\.input_layernorm")

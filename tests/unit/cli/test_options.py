@@ -30,7 +30,7 @@ def test_a_count_is_a_whole_number_from_zero_on(words, capsys):
 
 
 def test_plan_takes_patterns_and_counts_every_site_with_its_own_rank(answer, base, capsys):
-    words = ["plan", base, "--r", 4, "--targets", "q_proj,down_proj", "--alpha", 12]
+    words = ["plan", base, "--length", 24, "--r", 4, "--targets", "q_proj,down_proj", "--alpha", 12]
     plain = answer(*words)[1]
     words += ["--rank-pattern", "down_proj=2", "--alpha-pattern", "down_proj=10"]
     code, result = answer(*words, "--init", "kaiming")
@@ -55,7 +55,14 @@ def test_plan_refuses_a_pattern_that_is_not_name_and_number(answer, base, text):
 
 
 def test_plan_takes_modules_trained_whole_and_an_expression_with_a_comma(answer, base, capsys):
-    words = ["plan", base, "--targets", r"layers\.\d{1,2}\.self_attn\.q_proj,v_proj"]
+    words = [
+        "plan",
+        base,
+        "--length",
+        24,
+        "--targets",
+        r"layers\.\d{1,2}\.self_attn\.q_proj,v_proj",
+    ]
     words += ["--targets", "down_proj", "--also-train", "lm_head"]
     code, result = answer(*words)
     assert code == 0

@@ -68,6 +68,8 @@ def test_what_does_not_fit_gets_advice_ranked_by_what_it_saves(directory, capsys
     words = [
         "plan",
         directory,
+        "--length",
+        24,
         "--memory",
         "0.00001",
         "--batch-size",
@@ -93,8 +95,9 @@ def test_what_does_not_fit_gets_advice_ranked_by_what_it_saves(directory, capsys
 
 
 def test_nf4_is_planned_and_refused_where_weights_are_trained(directory, capsys):
-    dense = answer(capsys, "plan", directory, "--dtype", "bfloat16")[1]
-    packed = answer(capsys, "plan", directory, "--dtype", "bfloat16", "--quantize", "nf4")[1]
+    words = ["plan", directory, "--length", 24, "--dtype", "bfloat16"]
+    dense = answer(capsys, *words)[1]
+    packed = answer(capsys, *words, "--quantize", "nf4")[1]
     assert packed["memory"]["base_bytes"] < dense["memory"]["base_bytes"]
     assert packed["setup"]["quantize"] == "nf4"
     code, error = answer(capsys, "plan", directory, "--method", "full", "--quantize", "nf4")
