@@ -76,6 +76,8 @@ def _comparisons(experiment: Experiment) -> list[str]:
         _table(table["columns"], table["rows"]),
         _findings(findings),
         f"{'; '.join(where)}.",
+        # What whoever ran it knows and the numbers do not show.
+        *dict.fromkeys(found["remark"] for found in documents.values() if "remark" in found),
     ]
 
 
