@@ -12,7 +12,7 @@ PRESENT = $(wildcard $(CODE))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-paper bench-train bench-ranks bench-serve bench-gpu clean
+.PHONY: help setup demo test test-all test-gpu check fmt bench-e2e bench-latency bench-paper bench-train bench-ranks bench-forgotten bench-serve bench-gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ bench-ranks: setup  ## four ways to spend a budget of ranks (needs half an hour)
 	$(BIN)/lorakit compare benchmarks/compare/auto_rank_cola.yaml data=$(DATA)/glue
 	$(BIN)/lorakit compare benchmarks/compare/auto_rank_mrpc.yaml data=$(DATA)/glue
 	$(BIN)/lorakit compare benchmarks/compare/auto_rank_e2e.yaml data=$(DATA)
+
+bench-forgotten: setup  ## LoRA against full fine-tuning on a mix of tasks (minutes): make bench-forgotten DATA=DIR
+	$(BIN)/python benchmarks/learned_forgotten.py --data $(DATA)
 
 bench-train: setup  ## training speed against PEFT and TRL (needs minutes): make bench-train DATA=DIR
 	$(PIP) install --no-deps 'trl>=1.16'

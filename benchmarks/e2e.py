@@ -16,8 +16,6 @@ import gzip
 import json
 import math
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -26,7 +24,7 @@ from typing import Any
 
 import lorakit as lk
 from lorakit.data.sources import load_rows
-from lorakit.environment import hardware, supports_bf16, versions
+from lorakit.environment import command_line, hardware, supports_bf16, versions
 from lorakit.evaluate.options import EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import write_json
@@ -146,7 +144,7 @@ def _document(
     systems = list(test.systems)
     return {
         "benchmark": "e2e",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "model": MODEL,
         "setting": {
             "adapter": "LoRA r=4, alpha=32 on q and v",

@@ -9,12 +9,10 @@ Section 4.2 of Hu et al. 2021: training memory from 1.2 TB to 350 GB, a checkpoi
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from lorakit.environment import versions
+from lorakit.environment import command_line, versions
 from lorakit.files import write_json
 from lorakit.planner.plan import RunPlan, RunRequest, plan_run
 
@@ -58,7 +56,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "title": "GPT-3 175B: the paper's arithmetic and the planner's",
         "kind": "gpt3_arithmetic",
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": command_line(),
         "versions": versions(),
         "rows": rows,
         "memory": {

@@ -18,7 +18,6 @@ import copy
 import gc
 import json
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import torch
 from torch import nn
 
 import lorakit as lk
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json
 from lorakit.planner.ledger import Ledger
 
@@ -266,7 +265,7 @@ def _write(path: Path, found: dict[str, Any], args: argparse.Namespace) -> None:
         {
             "title": "inference, loading and switching beside PEFT",
             "kind": "inference",
-            "command": f"python {shlex.join(sys.argv)}",
+            "command": command_line(),
             "model": MODEL,
             "spec": SPEC.to_dict(),
             "threads": torch.get_num_threads(),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json
 from lorakit.models.load import load_base_model
 from lorakit.models.nf4 import quantization_of
@@ -144,7 +143,7 @@ def _anonymous_bytes() -> int:
 def _result(args: argparse.Namespace, num_params: int, rows: dict[str, Any]) -> dict[str, Any]:
     return {
         "benchmark": "nf4_memory",
-        "command": shlex.join(["python", "benchmarks/nf4_memory.py", *sys.argv[1:]]),
+        "command": command_line(),
         "model": {"layers": args.layers, "hidden": args.hidden, "num_params": num_params},
         "bf16_bytes": 2 * num_params,
         "rows": rows,

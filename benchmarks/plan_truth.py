@@ -204,7 +204,7 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    from lorakit.environment import hardware, versions
+    from lorakit.environment import command_line, hardware, versions
     from lorakit.files import write_json
 
     write_json(
@@ -212,7 +212,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         {
             "title": "the plan's truth: predicted and measured memory and time of training runs",
             "kind": "plan_truth",
-            "command": f"python {shlex.join(sys.argv)}",
+            "command": command_line(),
             "hardware": hardware(),
             "versions": versions(),
             "tolerance": {"memory": MEMORY_TOLERANCE, "time": TIME_TOLERANCE},

@@ -30,7 +30,7 @@ from lorakit.data.preference import PreferenceExamples, build_preferences
 from lorakit.data.rows import Rows
 from lorakit.data.sft import render_prompt
 from lorakit.data.sources import load_rows
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.evaluate.generate import generate_answers
 from lorakit.evaluate.intervals import wilson
 from lorakit.files import write_json
@@ -39,7 +39,7 @@ from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 from lorakit.train.run import train
 from preference_speed import measure_speed, print_speed
-from train_speed import RESULTS, command_without_paths
+from train_speed import RESULTS
 
 CONFIG = Path(__file__).with_name("preference.yaml")
 
@@ -61,7 +61,7 @@ def main() -> None:
     document = {
         "benchmark": "preference",
         "measured": not args.tiny,
-        "command": command_without_paths(),
+        "command": command_line(),
         **learned,
         "speed": speed,
         "hardware": hardware(),

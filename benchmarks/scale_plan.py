@@ -9,12 +9,10 @@ from operations at a stated rate and bytes at a stated bandwidth.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from lorakit.environment import versions
+from lorakit.environment import command_line, versions
 from lorakit.files import write_json
 from lorakit.planner.plan import RunPlan, RunRequest, plan_run
 
@@ -54,7 +52,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "title": "LoRA r=16 on all linear layers in several processes, planned",
         "kind": "scale_plan",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "stated": {"flops_per_s": FLOPS_PER_S, "bandwidths_gbps": list(BANDWIDTHS_GBPS)},
         "rows_per_process": 1,
         "length": LENGTH,

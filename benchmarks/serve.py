@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import Any
 
 import torch
 
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json
 from lorakit.models.load import load_model
 from serve_queue import registered_section, static_section
@@ -77,7 +75,7 @@ def _write(args: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
     path = Path(args.output)
     before = json.loads(path.read_text()) if path.is_file() else {}
     section = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "model": args.model,
         "threads": torch.get_num_threads(),
         **found,

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lorakit as lk
-from lorakit.environment import hardware, memory_bytes, peak_memory_bytes, versions
+from lorakit.environment import command_line, hardware, memory_bytes, peak_memory_bytes, versions
 from lorakit.files import write_json
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.models.attention import GROUPED, use_attention
@@ -73,7 +72,7 @@ def main() -> None:
     result = {
         "benchmark": "sweep",
         "measured": not args.tiny,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "adapters": args.adapters,
         "rows_each": args.rows,
         "length": args.length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Arm:
         self.name: str = setting["arm"]
         self.output = tempfile.mkdtemp()
         self._profiler: Any = None
+        self._started = self._step_s = 0.0
         self._steps = 0
         self.examples, self.tokenizer = _examples(setting)
         tokens = sum(len(e.input_ids) for e in self.examples)
@@ -64,14 +66,22 @@ class Arm:
     def before_step(self) -> None:
         """Start the profiler, if this arm has one."""
         if self.name.endswith("-profiled"):
+            from torch._C._profiler import _ExperimentalConfig
             from torch.profiler import ProfilerActivity, profile
 
-            self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+            self._profiler = profile(
+                activities=[ProfilerActivity.CPU],
+                record_shapes=True,
+                # Each core takes some of the rows in a thread of its own.
+                experimental_config=_ExperimentalConfig(profile_all_threads=True),
+            )
             self._profiler.__enter__()
+            self._started = time.perf_counter()
 
     def after_step(self) -> None:
         """Stop it."""
         if self._profiler is not None:
+            self._step_s = time.perf_counter() - self._started
             self._profiler.__exit__(None, None, None)
 
     def profiled(self) -> str:
@@ -80,7 +90,7 @@ class Arm:
             return ""
         from train_floor import report
 
-        return report(self._profiler, self.setting)
+        return report(self._profiler, self.setting, self._step_s)
 
     def _peft(self) -> None:
         from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments

@@ -1,7 +1,8 @@
 """How fast a training step could be on this machine, and where its time goes.
 
 The floor is the arithmetic of the step's matrix products over the rate at which this machine does
-the largest of them. What the profile says of each operation is its own time, without what it calls.
+the largest of them. What the profile says of each operation is its own time, without what it calls,
+summed over the threads: a step of one second on two threads has two.
 """
 
 from __future__ import annotations
@@ -14,12 +15,20 @@ import torch
 from torch import Tensor
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"}
+_WAITS = {"_Groups", "_GroupsBackward"}  # for the threads that work meanwhile
 _THIN = 64  # products with an update's rank among their sizes
 
 
-def report(profiler: Any, setting: dict[str, Any]) -> str:
-    """The floor, the share of it, and the operations by their own time."""
-    events = profiler.key_averages(group_by_input_shape=True)
+def report(profiler: Any, setting: dict[str, Any], step_s: float) -> str:
+    """The floor, the share of it, and the operations by their own time.
+
+    Args:
+        profiler: after the step.
+        setting: of the arm.
+        step_s: what the step took under the profiler.
+    """
+    found = profiler.key_averages(group_by_input_shape=True)
+    events = [event for event in found if event.key not in _WAITS]
     total_s = sum(e.self_cpu_time_total for e in events) / 1e6
     flops, seconds, thin_s = 0.0, 0.0, 0.0
     by_name: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
@@ -40,12 +49,13 @@ def report(profiler: Any, setting: dict[str, Any]) -> str:
     lines = [
         f"one step of {setting['arm']}, batch {setting['batch_size']}, {setting['precision']}, "
         f"{setting['threads']} threads",
-        f"{total_s:8.3f} s  the step under the profiler",
+        f"{step_s:8.3f} s  the step under the profiler",
         f"{floor_s:8.3f} s  the floor: {flops / 1e9:.0f} GFLOP of products at the "
         f"{rate / 1e9:.0f} GFLOP/s of (1100 x 576) (576 x 1536)",
-        f"{floor_s / total_s:8.1%}    of the step is the floor",
-        f"{seconds:8.3f} s  those products took",
-        f"{thin_s:8.3f} s  the thin products of the updates took",
+        f"{floor_s / step_s:8.1%}    of the step is the floor",
+        f"{total_s:8.3f} s  of all threads were in operations, of them",
+        f"{seconds:8.3f} s  in those products",
+        f"{thin_s:8.3f} s  in the thin products of the updates",
         "",
         f"{'own s':>8} {'share':>7} {'calls':>7}  operation",
     ]

@@ -19,7 +19,6 @@ import gc
 import importlib.util
 import itertools
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json
 
 ARMS = ("peft", "peft-liger", "peft-compile", "lorakit", "lorakit-compile")
@@ -75,7 +74,7 @@ def main() -> None:
         "benchmark": "train_gpu",
         "measured": measured,
         "note": None if measured else "not measured: a tiny model on a CPU shows that it runs",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "shape": TINY if args.tiny else LLAMA_3_8B,
         "length": args.length,
         "cells": cells,

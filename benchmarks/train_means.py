@@ -34,13 +34,13 @@ from lorakit.data.options import SftOptions
 from lorakit.data.sampling import LengthGroupedSampler
 from lorakit.data.sft import build_examples
 from lorakit.data.sources import load_rows
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json
 from lorakit.layers.rms_norm import use_fast_norms, use_own_norms
 from lorakit.models.attention import use_attention
 from lorakit.models.fast_layers import use_fast_layers, use_own_layers
 from lorakit.models.label_head import LabelHead
-from train_speed import INSTRUCTION, RESULTS, command_without_paths
+from train_speed import INSTRUCTION, RESULTS
 
 Batch = dict[str, Tensor]
 
@@ -54,12 +54,14 @@ MEANS = {
     "packed": "no padding: a batch is one row of real tokens",
     "shared": "the start that all rows have in common once",
     "layers": "one autograd function for a whole decoder layer",
+    "threads": "each core takes some of the rows through the whole model",
 }
 STANDS_ON = {
     "chunks": ("labels",),
     "packed": ("labels", "grouped"),
     "shared": ("labels", "grouped", "packed"),
     "layers": ("labels", "grouped", "packed"),
+    "threads": ("labels", "chunks", "grouped", "packed"),
 }
 
 
@@ -95,7 +97,13 @@ def switched(model: PreTrainedModel, means: frozenset[str]) -> Iterator[LabelHea
             stack.enter_context(patch("lorakit.layers.adapted.fused_forward", lambda *_: None))
         if "shared" not in means:
             stack.enter_context(patch("lorakit.models.packing.drops", lambda _model: True))
+        if "threads" not in means:
+            stack.enter_context(patch("lorakit.models.label_head.row_groups", _together))
         yield head
+
+
+def _together(_model: Any, batch: Batch, **_: Any) -> list[list[int]]:
+    return [list(range(len(batch["labels"])))]
 
 
 def main() -> None:
@@ -210,7 +218,7 @@ def _write(
         )
     result = {
         "benchmark": "train_means",
-        "command": command_without_paths(),
+        "command": command_line(),
         "note": args.note,
         "means": MEANS,
         "setting": {
@@ -232,7 +240,7 @@ def _write(
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="directory of the E2E data set")
     parser.add_argument("--output", type=Path, default=RESULTS / "train_means.json")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -18,15 +18,13 @@ import argparse
 import gzip
 import json
 import random
-import shlex
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import train_arms
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json, write_text
 from train_worker import Worker
 
@@ -51,19 +49,10 @@ def main() -> None:
         finally:
             for worker in workers.values():
                 worker.stop()
-    document["command"] = command_without_paths()
+    document["command"] = command_line()
     _print(document)
     _append(args.output, document)
     print(f"written to {args.output}")
-
-
-def command_without_paths() -> str:
-    """The command that was given; another machine's data and results lie elsewhere."""
-    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
-    for option, stands_for in (("--data", "DIR"), ("--output", "FILE")):
-        if option in words:
-            words[words.index(option) + 1] = stands_for
-    return shlex.join(words)
 
 
 def _start(args: argparse.Namespace, name: str, rows: Path) -> Worker:

@@ -7,8 +7,9 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -41,6 +42,8 @@ _INSTRUCTION_SETS = (
     "amx_int8",
 )
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+# What stands for a place of this machine in a command that others are to run.
+_PLACES = {"--data": "DIR", "--output": "FILE"}
 
 
 class Gpu(TypedDict):
@@ -283,3 +286,27 @@ def _read_int(path: Path) -> int | None:
         return int(path.read_text(encoding="utf-8").strip())
     except (OSError, ValueError):
         return None
+
+
+def command_line(places: Mapping[str, str] = _PLACES) -> str:
+    """The command this process was started with, as another machine can run it.
+
+    The program is named without its directory, a script as `python` and its path in the project.
+
+    Args:
+        places: option -> what stands for its value, which is a place of this machine.
+    """
+    program = Path(sys.argv[0])
+    words = [program.name]
+    if program.name == "__main__.py":
+        words = [program.parent.name]
+    elif program.suffix == ".py":
+        words = ["python", "/".join(program.parts[-2:])]
+    given = sys.argv[1:]
+    for before, word in zip(["", *given], given, strict=False):
+        key, equals, _ = word.partition("=")
+        if equals and f"--{key}" in places:
+            words.append(f"{key}={places[f'--{key}']}")
+        else:
+            words.append(places.get(before, word))
+    return shlex.join(words)

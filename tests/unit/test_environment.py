@@ -18,6 +18,24 @@ def test_versions_name_what_decides_a_result():
     assert {"python", "system", "lorakit", "transformers", "safetensors"} <= set(versions)
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["/opt/x/bin/lorakit", "paper", "run", "table1"], "lorakit paper run table1"),
+        (["/opt/x/lorakit/__main__.py", "train", "a.yaml"], "lorakit train a.yaml"),
+        (
+            ["/home/me/clone/benchmarks/serve.py", "--data", "/home/me/data", "seeds=[0, 1]"],
+            "python benchmarks/serve.py --data DIR 'seeds=[0, 1]'",
+        ),
+        (["lorakit", "compare", "c.yaml", "data=/home/me"], "lorakit compare c.yaml data=DIR"),
+        (["lorakit", "paper", "--output", "/home/me/x"], "lorakit paper --output FILE"),
+    ],
+)
+def test_a_recorded_command_names_no_place_of_this_machine(given, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", given)
+    assert environment.command_line() == shown
+
+
 def test_hardware_counts_the_cores_this_process_may_use():
     hardware = environment.hardware()
     assert hardware["num_cores"] == len(os.sched_getaffinity(0))

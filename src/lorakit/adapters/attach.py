@@ -76,13 +76,13 @@ def place_adapter(
     if isinstance(plan, LoraSpec):
         require_chosen(plan)
         plan = plan_adapter(model, plan)
-    modules = base_modules(model)
+    modules, outer = base_modules(model), tuple(outer_modules(model))
     _refuse_foreign(model, plan, modules)
-    _refuse_nesting(model, plan)
+    _refuse_nesting(outer, plan)
     record = start_attachments(model)
-    frozen = _freeze(model, record)
+    frozen = _freeze(model, record, outer)
     try:
-        _install(model, record, plan, name, modules, fill)
+        _install(record, plan, name, modules=modules, outer=outer, fill=fill)
     except BaseException:
         _take_off(model, name)
         for parameter in frozen:
@@ -125,12 +125,12 @@ def _refuse_foreign(model: nn.Module, plan: AdapterPlan, modules: dict[str, nn.M
         )
 
 
-def _refuse_nesting(model: nn.Module, plan: AdapterPlan) -> None:
+def _refuse_nesting(outer: Sequence[nn.Module], plan: AdapterPlan) -> None:
     """One adapter's whole-module copy cannot hold another adapter's layer inside."""
     wholes = {site.module for site in plan.overrides}
-    wholes |= {module.name for module in overridden_modules(model)}
+    wholes |= {module.name for module in outer if isinstance(module, OverriddenModule)}
     parts = [site.module for site in (*plan.sites, *plan.overrides)]
-    parts += [m.name for m in outer_modules(model) if isinstance(m, Wrapper)]
+    parts += [m.name for m in outer if isinstance(m, Wrapper)]
     for whole in wholes:
         inside = [part for part in parts if part.startswith(whole + ".")]
         if inside:
@@ -142,13 +142,15 @@ def _refuse_nesting(model: nn.Module, plan: AdapterPlan) -> None:
             )
 
 
-def _freeze(model: nn.Module, record: Attachments) -> list[nn.Parameter]:
+def _freeze(
+    model: nn.Module, record: Attachments, outer: Sequence[nn.Module]
+) -> list[nn.Parameter]:
     """Freeze the base and every adapter; returns what was not frozen before."""
     if not record.plans:
         record.required_grad = {n: p.requires_grad for n, p in model.named_parameters()}
     frozen: list[nn.Parameter] = []
     wrappers: dict[str, Wrapper] = {}
-    for module in outer_modules(model):
+    for module in outer:
         frozen += [p for p in module._parameters.values() if p is not None and p.requires_grad]
         if isinstance(module, Wrapper):
             wrappers[module.name] = module
@@ -174,15 +176,16 @@ def _learning(wrappers: dict[str, Wrapper], module: str, name: str) -> list[nn.P
 
 
 def _install(
-    model: nn.Module,
     record: Attachments,
     plan: AdapterPlan,
     name: str,
+    *,
     modules: dict[str, nn.Module],
+    outer: Sequence[nn.Module],
     fill: bool,
 ) -> None:
-    wrappers = {m.name: m for m in outer_modules(model) if isinstance(m, Wrapper)}
-    holders = places(model)
+    wrappers = {m.name: m for m in outer if isinstance(m, Wrapper)}
+    holders = places(outer)
     for module_name, sites in plan.modules().items():
         wrapper = wrappers.get(module_name)
         if not isinstance(wrapper, AdaptedLayer):
@@ -329,8 +332,9 @@ def _take_off(model: nn.Module, name: str) -> None:
     for module in overridden_modules(model):
         if key in module.overrides:
             del module.overrides[key]
-    holders = places(model)
-    for wrapper in [m for m in outer_modules(model) if isinstance(m, Wrapper)]:
+    outer = tuple(outer_modules(model))
+    holders = places(outer)
+    for wrapper in [m for m in outer if isinstance(m, Wrapper)]:
         empty = (isinstance(wrapper, AdaptedLayer) and not len(wrapper.factors)) or (
             isinstance(wrapper, OverriddenModule) and not len(wrapper.overrides)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,10 +156,14 @@ def overridden_modules(model: nn.Module) -> Iterator[OverriddenModule]:
     return (module for module in outer_modules(model) if isinstance(module, OverriddenModule))
 
 
-def places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """id(module) -> every (parent, attribute) that holds it; shared modules have several."""
+def places(outer: Iterable[nn.Module]) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id(module) -> every (parent, attribute) that holds it; shared modules have several.
+
+    Args:
+        outer: `outer_modules` of the model.
+    """
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in outer_modules(model):
+    for parent in outer:
         # Not named_children(): it leaves out a second attribute that holds the same child.
         for attribute, child in parent._modules.items():
             if child is not None and not isinstance(parent, Wrapper):

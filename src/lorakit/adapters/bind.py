@@ -15,7 +15,7 @@ from lorakit.adapters.attachments import (
     adapted_layers,
     attachments_of,
     check_name,
-    overridden_modules,
+    outer_modules,
     refuse_merged,
 )
 from lorakit.adapters.identity import require_same_base
@@ -26,7 +26,8 @@ from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
-from lorakit.layers.low_rank import LowRank
+from lorakit.layers.low_rank import Branch, LowRank
+from lorakit.layers.overridden import OverriddenModule
 from lorakit.layers.updates import fresh_norms
 from lorakit.weights.storage import storage_of
 
@@ -61,7 +62,8 @@ def bind_adapter(
     """
     check_name(name)
     refuse_merged(model)
-    plan = _plan_for(model, adapter, problems)
+    modules = base_modules(model)
+    plan = _plan_for(model, modules, adapter, problems)
     if not any_base:
         require_same_base(model, adapter.passport)
     # Starts that look at the weight or at data keep something of it beside the factors.
@@ -73,7 +75,7 @@ def bind_adapter(
         detach(model, name)
         raise
     attachments_of(model).passports[name] = dict(adapter.passport)
-    _note_storage(model, adapter, name)
+    _note_storage(modules, adapter, name)
     if _changes_nothing(model, adapter, name):
         warnings.warn(
             f"adapter {name!r} binds but changes nothing: every B A is zero{_and_norms(adapter)}",
@@ -83,11 +85,11 @@ def bind_adapter(
     return plan
 
 
-def _note_storage(model: nn.Module, adapter: Adapter, name: str) -> None:
+def _note_storage(modules: Mapping[str, nn.Module], adapter: Adapter, name: str) -> None:
     """Say that the adapter learned beside weights that were rounded in another way."""
     facts = adapter.passport.get("base")
     trained = facts.get("storage") if isinstance(facts, Mapping) else None
-    here = storage_of(base_modules(model).values())
+    here = storage_of(modules.values())
     if trained is not None and trained != here:
         warnings.warn(
             f"adapter {name!r} was trained beside {trained} weights of this base; here they are "
@@ -129,7 +131,7 @@ def plan_of_binding(model: nn.Module, adapter: Adapter) -> AdapterPlan:
     Raises:
         AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
     """
-    return _plan_for(model, adapter)
+    return _plan_for(model, base_modules(model), adapter)
 
 
 def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -141,13 +143,17 @@ def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
     Raises:
         AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
     """
-    plan = _plan_for(model, adapter)
+    plan = _plan_for(model, base_modules(model), adapter)
     factors = {s.name: replace(adapter.factors[s.name], kind=s.kind) for s in plan.sites}
     return replace(adapter, factors=factors)
 
 
-def _plan_for(model: nn.Module, adapter: Adapter, known: Sequence[str] = ()) -> AdapterPlan:
-    modules = base_modules(model)
+def _plan_for(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    adapter: Adapter,
+    known: Sequence[str] = (),
+) -> AdapterPlan:
     problems = list(known)
     sites: list[Site] = []
     for name, factors in adapter.factors.items():
@@ -262,20 +268,23 @@ def _override_sites(
 def _fill(model: nn.Module, adapter: Adapter, name: str) -> None:
     by_module = adapter.modules()
     with torch.no_grad():
-        for layer in adapted_layers(model):
-            branch = layer.branch_of(name)
-            if branch is None:
-                continue
-            mine = by_module[layer.name].values()
-            for update, factors in zip(branch.updates(), mine, strict=True):
-                update.awaits_data = False
-                update.lora_A.copy_(factors.A)
-                update.lora_B.copy_(factors.B)
-                if update.magnitude is not None and factors.magnitude is not None:
-                    update.magnitude.copy_(factors.magnitude)
-            if branch.bias is not None:
-                branch.bias.copy_(adapter.biases[layer.name])
-        for module in overridden_modules(model):
-            override = module.override_of(name)
-            for parameter, value in override.tensors().items() if override else ():
-                value.copy_(adapter.overrides[f"{module.name}.{parameter}"])
+        for module in outer_modules(model):
+            if isinstance(module, OverriddenModule):
+                override = module.override_of(name)
+                for parameter, value in override.tensors().items() if override else ():
+                    value.copy_(adapter.overrides[f"{module.name}.{parameter}"])
+            branch = module.branch_of(name) if isinstance(module, AdaptedLayer) else None
+            if branch is not None:
+                layer = str(module.name)
+                _fill_branch(branch, list(by_module[layer].values()), adapter.biases.get(layer))
+
+
+def _fill_branch(branch: Branch, mine: Sequence[Factors], bias: Tensor | None) -> None:
+    for update, factors in zip(branch.updates(), mine, strict=True):
+        update.awaits_data = False
+        update.lora_A.copy_(factors.A)
+        update.lora_B.copy_(factors.B)
+        if update.magnitude is not None and factors.magnitude is not None:
+            update.magnitude.copy_(factors.magnitude)
+    if branch.bias is not None and bias is not None:
+        branch.bias.copy_(bias)

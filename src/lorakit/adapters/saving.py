@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys  # pyright: ignore[reportPrivateUsage]
 
-from lorakit.adapters.attachments import attachments_of, find_attachments, places
+from lorakit.adapters.attachments import attachments_of, find_attachments, outer_modules, places
 from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.state import adapter_state, data_was_seen, load_in_place
 from lorakit.errors import LorakitWarning, StateError
@@ -206,7 +206,7 @@ class AttachedAdapters:
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[None]:
     """Inside the block the base's modules stand in their places; mutates the model meanwhile."""
-    holders = places(model)
+    holders = places(outer_modules(model))
     wrappers = [module for module in model.modules() if isinstance(module, Wrapper)]
     for wrapper in wrappers:
         for parent, attribute in holders[id(wrapper)]:

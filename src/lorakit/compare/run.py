@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from lorakit.compare.files import DataFiles, find_data
 from lorakit.compare.summary import document
 from lorakit.compare.worker import Order, work
 from lorakit.compare.write import write_results
+from lorakit.environment import command_line
 from lorakit.errors import LorakitError, OutputError, RequestError, WorkError, unknown_name
 from lorakit.files import write_text
 from lorakit.formatting import format_duration, format_number
@@ -184,7 +183,7 @@ class _Comparison:
     def write(self, seconds: float) -> dict[str, Any]:
         """Write what is known so far; returns compare.json's content."""
         found = document(
-            self.config, self.data, self.records, seconds=seconds, command=shlex.join(sys.argv)
+            self.config, self.data, self.records, seconds=seconds, command=command_line()
         )
         write_results(Path(self.config.output), found)
         return found

@@ -62,8 +62,9 @@ class AdaptedLayer(Wrapper):
 
     def branch_of(self, name: str) -> Branch | None:
         """What the adapter `name` does here, or None when it does nothing."""
-        # The table itself: this runs once per layer and step, and a step may be one token.
-        branch = self.factors._modules.get(module_key(name))
+        # The tables themselves: this runs once per layer and step, and a step may be one token.
+        factors = self._modules["factors"]
+        branch = None if factors is None else factors._modules.get(module_key(name))
         return branch if isinstance(branch, Branch) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,8 +84,9 @@ class AdaptedLayer(Wrapper):
         branch = self.branch_of(active)
         if branch is None:
             return self.base(x)
-        if not torch.is_grad_enabled():
-            answered = added_in_place(self.base, branch, x)
+        base = self._modules["base"]
+        if base is not None and not torch.is_grad_enabled():
+            answered = added_in_place(base, branch, x)
             if answered is not None:
                 return answered
         fused = fused_forward(self.base, branch, x)

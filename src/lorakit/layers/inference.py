@@ -30,28 +30,55 @@ def added_in_place(base: nn.Module, branch: Branch, x: Tensor) -> Tensor | None:
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return None
-    if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base):
-        return None
-    if branch.bias is not None or torch.is_autocast_enabled(x.device.type):
+    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return None
     # The tables themselves: this runs once per layer and token, and nn.Module's look-ups add up.
-    updates = cast(list[LowRank], list(branch._modules["parts"]._modules.values()))  # pyright: ignore[reportOptionalMemberAccess]
-    if not x.is_floating_point() or not all(map(_is_simple, updates)):
+    inside = branch._modules["parts"]
+    if inside is None or branch._parameters.get("bias") is not None:
         return None
-    y = base.forward(x)
+    updates = cast(list[LowRank], list(inside._modules.values()))
+    if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        return None
+    if not all(map(_is_simple, updates)):
+        return None
+    if kind is nn.Linear:
+        own = base._parameters
+        y = F.linear(x, cast(Tensor, own["weight"]), own["bias"])
+    else:
+        y = base.forward(x)
     if not y.is_contiguous():
         return None
+    if x.numel() == x.shape[-1]:
+        return _one_token(updates, x, y)
     flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for update in updates:
-        table = cast(dict[str, Tensor], update._parameters)
-        down, up, rows = table["lora_A"], table["lora_B"], update.rows
-        if update.singular is not None:
-            down = update.down
-        if down.dtype != x.dtype:
-            down, up = down.to(x.dtype), up.to(x.dtype)
+        down, up = _factors(update, x.dtype)
+        rows = update.rows
         mine = out if rows is None else out[:, rows.start : rows.start + up.shape[0]]
         mine.addmm_(F.linear(flat, down), up.t(), alpha=update.scaling)
     return y
+
+
+def _one_token(updates: list[LowRank], x: Tensor, y: Tensor) -> Tensor:
+    """The same for one position: products of a matrix and a vector."""
+    flat, out = x.view(-1), y.view(-1)
+    for update in updates:
+        down, up = _factors(update, x.dtype)
+        rows = update.rows
+        mine = out if rows is None else out[rows.start : rows.start + up.shape[0]]
+        mine.addmv_(up, down.mv(flat), alpha=update.scaling)
+    return y
+
+
+def _factors(update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B in the dtype of the activations."""
+    table = cast(dict[str, Tensor], update._parameters)
+    down, up = table["lora_A"], table["lora_B"]
+    if update.singular is not None:
+        down = update.down
+    if down.dtype != dtype:
+        down, up = down.to(dtype), up.to(dtype)
+    return down, up
 
 
 def _is_simple(update: LowRank) -> bool:

@@ -114,6 +114,13 @@ class LowRank(nn.Module):
         rows: the output rows the part owns; None for the whole layer.
     """
 
+    start_A: Tensor | None
+    start_B: Tensor | None
+    under_A: Tensor | None
+    under_B: Tensor | None
+    under_scaling = 1.0
+    awaits_data = False
+
     def __init__(
         self,
         lora_A: Tensor,
@@ -129,14 +136,8 @@ class LowRank(nn.Module):
         self.lora_B = nn.Parameter(lora_B)
         self.magnitude: nn.Parameter | None = None
         self.singular: nn.Parameter | None = None
-        self.start_A: Tensor | None
-        self.start_B: Tensor | None
-        self.under_A: Tensor | None
-        self.under_B: Tensor | None
-        for buffer in ("start_A", "start_B", "under_A", "under_B"):
-            self.register_buffer(buffer, None)
-        self.under_scaling = 1.0
-        self.awaits_data = False
+        # The table itself: a model has hundreds of updates, and loading one adapter makes them all.
+        self._buffers.update(dict.fromkeys(("start_A", "start_B", "under_A", "under_B")))
         self.scaling = scaling
         self.rule = rule
         self.dropout = dropout

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.attachments import places
+from lorakit.adapters.attachments import outer_modules, places
 from lorakit.adapters.plan import modules_beside
 from lorakit.adapters.saving import save_learned_only
 from lorakit.adapters.targets import base_modules
@@ -95,7 +95,7 @@ class BottleneckMethod(ChosenParameters):
         refuse_beside(model, self.name)
         found = self._places(transformer_blocks(model))
         report = super().attach(model)
-        modules, holders = base_modules(model), places(model)
+        modules, holders = base_modules(model), places(outer_modules(model))
         for place in found:
             base = modules[place.module]
             site = BottleneckSite(

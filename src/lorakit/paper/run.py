@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -11,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.environment import hardware, versions
+from lorakit.environment import command_line, hardware, versions
 from lorakit.errors import RequestError
 from lorakit.files import write_json
 from lorakit.paper.comparisons import (
@@ -83,7 +81,7 @@ def run_experiment(request: Request, *, say: Say = say_on_stderr) -> dict[str, A
         **measured,
         "seconds": {"this_call": time.perf_counter() - started, **measured["seconds"]},
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "hardware": hardware(),
         "versions": versions(),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.attachments import find_attachments, places
+from lorakit.adapters.attachments import find_attachments, outer_modules, places
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import StateError
 from lorakit.layers.adapted import Wrapper
@@ -79,7 +79,7 @@ class ServedModel:
         self.model = model
         self.routing = ServedRouting()
         self._modules = base_modules(model)
-        self._places = places(model)
+        self._places = places(outer_modules(model))
         self._wrapped: dict[str, ServedLayer] = {}
 
     def wrap(self, names: Iterable[str]) -> None:

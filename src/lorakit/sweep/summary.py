@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lorakit.environment import hardware, peak_memory_bytes, versions
+from lorakit.environment import command_line, hardware, peak_memory_bytes, versions
 from lorakit.sweep.arms import Arm
 from lorakit.sweep.plan import SweepPlan
 from lorakit.train.metrics import Line
@@ -48,7 +47,7 @@ def document(
     return {
         "kind": "sweep",
         "title": plan.config.output.name,
-        "command": shlex.join(sys.argv),
+        "command": command_line(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "best": _best(plan, arms),
         "together": plan.together,
