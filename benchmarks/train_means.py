@@ -58,6 +58,8 @@ MEANS = {
 }
 STANDS_ON = {
     "chunks": ("labels",),
+    # Under whole logits its memory is not seen.
+    "norms": ("labels", "chunks"),
     "packed": ("labels", "grouped"),
     "shared": ("labels", "grouped", "packed"),
     "layers": ("labels", "grouped", "packed"),
