@@ -9,6 +9,7 @@ prefill     the same for 8 prompts of 64 tokens.
 registered  one queue of requests over 1, 8, 64 and 512 registered adapters, drawn by Zipf's law,
             and how long a list of 1,000 adapters takes.
 static      32 requests of mixed lengths against transformers' `generate` in static batches.
+llama       one stream, and 16 streams of 16 adapters, against llama.cpp over the same GGUF file.
 
 A section goes round and round, everything it compares once per round in an order of its own, until
 its share of --minutes is over; a ratio is taken within its round. The output file is written after
@@ -29,16 +30,18 @@ import torch
 from lorakit.environment import command_line, hardware, versions
 from lorakit.files import write_json
 from lorakit.models.load import load_model
+from serve_llama import llama_section
 from serve_queue import registered_section, static_section
 from serve_rounds import Bench
 from serve_step import decode_section, prefill_section
 
 # Section -> what it does, and its share of the time.
 SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[dict[str, Any]]], float]] = {
-    "decode": (decode_section, 0.15),
-    "prefill": (prefill_section, 0.15),
-    "registered": (registered_section, 0.4),
-    "static": (static_section, 0.3),
+    "decode": (decode_section, 0.12),
+    "prefill": (prefill_section, 0.12),
+    "registered": (registered_section, 0.33),
+    "static": (static_section, 0.23),
+    "llama": (llama_section, 0.2),
 }
 
 
@@ -63,6 +66,7 @@ def main() -> None:
             counts=tuple(args.adapters),
             requests=args.requests,
             answer=args.answer,
+            reference=args.model,
         )
         for found in section(bench):
             _write(args, name, {**found, "seconds": round(time.monotonic() - start, 1)})

@@ -132,7 +132,7 @@ def _write_adapters(bench: Bench, root: Path, drawn: dict[int, list[list[str]]])
 
     What nobody asks for is never read, and is a hard link to the first.
     """
-    first = _made(bench, root / "made", LoraSpec(r=8, alpha=16, targets="all-linear"))
+    first = made(bench, root / "made", LoraSpec(r=8, alpha=16, targets="all-linear"))
     tensors = (first / TENSORS).read_bytes()
     needed = {name for rounds in drawn.values() for names in rounds for name in names}
     for count in drawn:
@@ -143,11 +143,11 @@ def _write_adapters(bench: Bench, root: Path, drawn: dict[int, list[list[str]]])
                 if file.name != TENSORS or path.name not in needed:
                     os.link(file, path / file.name)
             if path.name in needed:
-                _own_tensors(root / "own" / path.name, tensors, i)
+                own_tensors(root / "own" / path.name, tensors, i)
                 os.link(root / "own" / path.name, path / TENSORS)
 
 
-def _own_tensors(file: Path, tensors: bytes, i: int) -> None:
+def own_tensors(file: Path, tensors: bytes, i: int) -> None:
     """The first adapter's file with one number changed; one file for all counts."""
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
@@ -155,7 +155,7 @@ def _own_tensors(file: Path, tensors: bytes, i: int) -> None:
         file.write_bytes(tensors[: -len(end)] + end)
 
 
-def _made(bench: Bench, path: Path, spec: LoraSpec) -> Path:
+def made(bench: Bench, path: Path, spec: LoraSpec) -> Path:
     attach(bench.model, spec, name="one")
     pretend_learned(bench.model, 0)
     save_adapter(bench.model, path, name="one")
@@ -194,7 +194,7 @@ def answer_all(engine: Engine, work: Work) -> tuple[float, list[FinishedEvent]]:
 
 def list_thousand(bench: Bench, root: Path) -> dict[str, Any]:
     """Seconds to list 1,000 adapters, first and again, and what memory that takes."""
-    first = _made(bench, root / "tiny", LoraSpec(r=2, alpha=4, targets="qv"))
+    first = made(bench, root / "tiny", LoraSpec(r=2, alpha=4, targets="qv"))
     many = root / "thousand"
     for i in range(1000):
         path = many / f"a{i:04d}"

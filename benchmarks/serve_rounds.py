@@ -23,6 +23,7 @@ class Bench:
         counts: of registered adapters.
         requests: per queue.
         answer: tokens of the longest answer.
+        reference: what the model was loaded from.
     """
 
     model: Any
@@ -32,6 +33,7 @@ class Bench:
     counts: tuple[int, ...]
     requests: int
     answer: int
+    reference: str = ""
 
     def rounds(self, *, at_least: int, at_most: int) -> Iterator[int]:
         """Count rounds while there is time for one as long as the longest so far."""

@@ -90,6 +90,18 @@ def test_the_benchmark_at_a_tiny_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real
+def test_llama_cpp_answers_the_same_streams(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    words = ["--only", "llama", "--minutes", "0.1", "--answer", "8"]
+    found = ran("serve.py", *words, "--output", str(tmp_path / "serve.json"))["llama"]
+    assert isinstance(found, dict)
+    for load in ("one stream", "16 streams, 16 adapters"):
+        assert set(found[load]) == {"lorakit", "llama.cpp Q4_1", "llama.cpp float32"}
+        assert found[load]["llama.cpp float32"]["lorakit_over_this"]["median"] > 0
+
+
+@pytest.mark.slow
 def test_the_soak_at_a_tiny_size(tmp_path: Path) -> None:
     base, output = tiny_server.write_base(tmp_path / "tiny"), str(tmp_path / "soak.json")
     found = ran("serve_soak.py", "--model", str(base), "--minutes", "0.25", "--output", output)
