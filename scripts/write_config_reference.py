@@ -23,6 +23,7 @@ _ABOUT = {
     "[quantization](quantization.md).",
     "data": "What the columns and templates mean is on [train](train.md#data).",
     "preference": "Read by the tasks `dpo`, `orpo` and `kto`: [preferences](preference.md).",
+    "grpo": "Read by the task `grpo`: [rewards](grpo.md).",
     "adalora": "Ranks that move while the adapter learns: "
     "[auto-rank](auto-rank.md#while-it-trains-adalora).",
     "lora": "The fields of `lorakit.LoraSpec`; targets are on [targets](targets.md).",

@@ -53,6 +53,8 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
+# Those that score one written answer by itself, whatever the others are.
+SINGLE_METRICS = ("sql_execution", "exact_match", "token_f1", "rouge_l")
 _CORPUS_METRICS = frozenset({"bleu", "rouge_l", "nist", "cider"})
 
 

@@ -35,6 +35,7 @@ from lorakit.models.logits_agree import agree, difference
 from lorakit.models.loss_share import LossShare
 from lorakit.models.packing import PackedBatch, drops, pack_batch, takes_packed
 from lorakit.models.row_threads import row_groups, sum_of_groups
+from lorakit.models.seq2seq import decoder_inputs
 
 IGNORED = -100
 
@@ -107,7 +108,12 @@ class LabelHead:
         return self._packs
 
     def loss(
-        self, batch: Batch, *, num_items: Tensor | int | None = None, label_smoothing: float = 0.0
+        self,
+        batch: Batch,
+        *,
+        num_items: Tensor | int | None = None,
+        label_smoothing: float = 0.0,
+        row_weights: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy over the labels, a float32 scalar with gradient.
 
@@ -120,6 +126,7 @@ class LabelHead:
                 (batch, positions).
             num_items: the divisor in place of the number of labels.
             label_smoothing: eps.
+            row_weights: (batch,) float32, what the labels of each row count; None for 1.
 
         Raises:
             DataError: the batch has no labels entry.
@@ -129,13 +136,14 @@ class LabelHead:
         groups = self._groups(batch, mask) if head is not None else []
         if len(groups) > 1:
             parts = [{k: v[rows] for k, v in batch.items()} for rows in groups]
+            weights = [None if row_weights is None else row_weights[rows] for rows in groups]
             total = sum_of_groups(
                 len(parts),
-                lambda i: self._total(parts[i], head, label_smoothing),
+                lambda i: self._total(parts[i], head, label_smoothing, weights[i]),
                 [p for p in self._model.parameters() if p.requires_grad],
             )
         else:
-            total = self._total(batch, head, label_smoothing)
+            total = self._total(batch, head, label_smoothing, row_weights)
         if num_items is None:
             return total / max(targets.numel(), 1)
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
@@ -161,16 +169,32 @@ class LabelHead:
         parts = zip(shares, *(tensor.split(sizes) for tensor in found), strict=True)
         return [share.loss(states, targets, head) for share, states, targets in parts]
 
-    def _total(self, batch: Batch, head: FrozenHead | None, label_smoothing: float) -> Tensor:
+    def _total(
+        self,
+        batch: Batch,
+        head: FrozenHead | None,
+        label_smoothing: float,
+        row_weights: Tensor | None = None,
+    ) -> Tensor:
         """The cross-entropy summed over the labels; without logits where `head` is plain."""
+        weights = None
+        if row_weights is not None:
+            mask, _ = self._positions(batch["labels"])
+            weights = row_weights.to(mask.device)[mask.nonzero()[:, 0]]
         found = None if head is None else self._hidden(batch)
         if head is not None and found is not None:
             hidden, targets = found
-            return chunked_cross_entropy(hidden, *head, targets, label_smoothing=label_smoothing)
+            return chunked_cross_entropy(
+                hidden, *head, targets, label_smoothing=label_smoothing, weights=weights
+            )
         labels = self.logits(batch)
-        return F.cross_entropy(
-            labels.logits, labels.targets, reduction="sum", label_smoothing=label_smoothing
+        each = F.cross_entropy(
+            labels.logits,
+            labels.targets,
+            reduction="sum" if weights is None else "none",
+            label_smoothing=label_smoothing,
         )
+        return each if weights is None else (each * weights.to(each.device)).sum()
 
     def _groups(self, batch: Batch, mask: Tensor) -> list[list[int]]:
         """The rows that run in a thread of their own; one group where they cannot or need not."""
@@ -232,7 +256,7 @@ class LabelHead:
             return self._call(**packed.inputs, use_cache=False).logits
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if self._seq2seq and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = _decoder_inputs(self._model, batch["labels"])
+            inputs["decoder_input_ids"] = decoder_inputs(self._model, batch["labels"])
         with prompts_before(self._model, batch["labels"]):
             return self._call(**inputs, use_cache=False).logits
 
@@ -352,23 +376,6 @@ def label_nll(
         {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     )
     return found.nll().sum(), found.targets.numel()
-
-
-def _decoder_inputs(model: PreTrainedModel, labels: Tensor) -> Tensor:
-    """The labels moved right by one behind the start token, as transformers' seq2seq models do."""
-    start = model.config.decoder_start_token_id
-    if start is None:
-        start = model.config.bos_token_id
-    pad = model.config.pad_token_id
-    if start is None or pad is None:
-        raise DataError(
-            "this sequence-to-sequence model does not say how its decoder starts",
-            where=type(model).__name__,
-            expected="decoder_start_token_id and pad_token_id in its configuration",
-            remedy="set them in the model's config.json",
-        )
-    shifted = F.pad(labels[:, :-1], (1, 0), value=start)
-    return shifted.masked_fill(shifted == IGNORED, pad)
 
 
 @contextmanager

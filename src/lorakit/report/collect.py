@@ -63,7 +63,7 @@ def collect(directory: str | Path) -> Report:
 
 
 def read_curve(file: Path) -> Curve:
-    """The losses of metrics.jsonl; empty when there is none.
+    """The losses of metrics.jsonl, or the rewards if it has some; empty when there is none.
 
     Raises:
         RequestError: a line before the last is damaged.
@@ -79,10 +79,13 @@ def read_curve(file: Path) -> Curve:
                 # A run that was killed, or is still going on, leaves a half line.
                 break
             raise _damaged(f"{file} line {number}", error) from error
+        name = "reward" if "reward" in line or "eval_reward" in line else "loss"
         if "eval_loss" in line:
-            validation.append([line["step"], line["eval_loss"]])
+            validation.append([line["step"], line[f"eval_{name}"]])
         elif "loss" in line:
-            curve["train"].append([line["step"], line["loss"]])
+            curve["train"].append([line["step"], line[name]])
+        if name == "reward":
+            curve["measure"] = name
     curve["validation"] = validation
     return curve
 

@@ -42,18 +42,23 @@ _MAX_POINTS = 1500
 
 
 def loss_curve(curve: Curve) -> str:
-    """Training loss (each step pale, smoothed strong) and validation loss over optimizer steps."""
+    """Training loss (each step pale, smoothed strong) and validation loss over optimizer steps.
+
+    Or mean rewards, where the curve is one of those.
+    """
+    rewards = curve.get("measure") == "reward"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.4), layout="constrained")
         axes = figure.add_subplot()
         _draw_training(axes, curve["train"])
         _draw_validation(axes, curve)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss (nats per learned token)")
+        axes.set_ylabel("mean reward" if rewards else "loss (nats per learned token)")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
-        axes.set_ylim(bottom=0, top=_top(curve))
+        if not rewards:  # which may be below 0, and have no first spikes
+            axes.set_ylim(bottom=0, top=_top(curve))
         axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
         # Above the drawing: inside it would cover a curve that stays high.
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -94,7 +99,8 @@ def _draw_validation(axes: Axes, curve: Curve) -> None:
     if not points:
         return
     steps, losses = [point[0] for point in points], [point[1] for point in points]
-    best = min(range(len(points)), key=losses.__getitem__)
+    choose = max if curve.get("measure") == "reward" else min
+    best = choose(range(len(points)), key=losses.__getitem__)
     axes.plot(
         steps,
         losses,

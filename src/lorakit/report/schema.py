@@ -41,11 +41,12 @@ class Comparison(TypedDict):
 
 
 class Curve(TypedDict):
-    """[step, loss] pairs; `best_step` is marked."""
+    """[step, loss] pairs, or [step, reward] where `measure` says so; `best_step` is marked."""
 
     train: list[list[float]]
     validation: NotRequired[list[list[float]]]
     best_step: NotRequired[int]
+    measure: NotRequired[str]
 
 
 class SampleAnswer(TypedDict):

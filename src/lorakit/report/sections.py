@@ -127,8 +127,10 @@ def tiles(record: Mapping[str, Any]) -> list[Tile]:
             tile["note"] = f"base {format_bytes(base_bytes)}"
         found.append(tile)
     loss = _number(record, "metrics.final.eval_loss")
-    if loss is not None:
-        found.append({"label": "validation loss", "value": format_number(float(loss))})
+    reward = _number(record, "metrics.final.eval_reward")
+    shown, name = (loss, "loss") if reward is None else (reward, "reward")
+    if shown is not None:
+        found.append({"label": f"validation {name}", "value": format_number(float(shown))})
     seconds = _number(record, "seconds", "timing.total_s")
     if seconds is not None:
         tile = {"label": "time", "value": format_duration(seconds)}

@@ -214,7 +214,7 @@ def _refusals(config: TrainConfig) -> tuple[tuple[bool, str, str, str, str], ...
         (
             config.task not in ("sft", "classify"),
             "task",
-            "a preference is a loss over several rows and a reference; it cannot share its batch",
+            "a preference, or a reward, is a loss over several rows; it cannot share its batch",
             config.task,
             "train these runs one at a time with lorakit train",
         ),

@@ -15,7 +15,7 @@ from lorakit.methods.lora import Beginning, LoraMethod
 
 BASE = "base"
 # Tasks whose learned tensors mean the same in another run; a classifier's head has its own labels.
-_TASKS = ("sft", "dpo", "orpo", "kto")
+_TASKS = ("sft", "dpo", "orpo", "kto", "grpo")
 
 
 @dataclass(frozen=True, kw_only=True)

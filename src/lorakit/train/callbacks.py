@@ -188,8 +188,10 @@ class ProgressCallback(TrainerCallback):
             return
         self._recent.append((logs["num_tokens"], logs["step_s"]))
         tokens, seconds = (sum(values) for values in zip(*self._recent, strict=True))
+        # Where answers earn a reward, the loss says nothing.
+        name = "reward" if "reward" in logs else "loss"
         self._bar.advance(
-            note=f"loss {logs['loss']:.3f}  {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+            note=f"{name} {logs[name]:.3f}  {tokens / max(seconds, 1e-9):,.0f} tokens/s"
         )
 
 

@@ -36,6 +36,15 @@ def require_processes(config: TrainConfig, processes: Processes, *, sharded: boo
             found=f"adalora in {processes.num} processes",
             remedy="start it without a launcher: lorakit train CONFIG.yaml",
         )
+    if config.task == "grpo":
+        raise ConfigError(
+            "processes that sample answers of their own wait for the longest; this is not in this "
+            "version",
+            where="task",
+            expected="one process, or task: sft, classify, dpo or orpo",
+            found=f"task: grpo in {processes.num} processes",
+            remedy="start it without a launcher: lorakit train CONFIG.yaml",
+        )
     if config.task == "kto":
         raise ConfigError(
             "kto measures its distance over a whole batch, and processes see only their share",

@@ -22,8 +22,14 @@ _SFT_KEYS: dict[str, object] = {
 _CLASSIFY_KEYS: dict[str, object] = {"labels": "auto", "classes": ()}
 # An answer is learned as one, and nothing else of the row is.
 _PREFERENCE_FOREIGN = {**_CLASSIFY_KEYS, "completion_only": True, "last_turn_only": False}
-_FOREIGN = {"sft": _CLASSIFY_KEYS, "classify": _SFT_KEYS}
-_ROLES = {"sft": SFT_ROLES, "classify": CLASSIFY_ROLES}
+# An answer is written by the model: which tokens of the row's own are learned means nothing.
+_GRPO_FOREIGN = {**_PREFERENCE_FOREIGN, "add_eos": True}
+_FOREIGN = {"sft": _CLASSIFY_KEYS, "classify": _SFT_KEYS, "grpo": _GRPO_FOREIGN}
+_ROLES = {
+    "sft": SFT_ROLES,
+    "classify": CLASSIFY_ROLES,
+    "grpo": tuple(role for role in SFT_ROLES if role != "text"),
+}
 
 
 def _help(text: str) -> dict[str, str]:

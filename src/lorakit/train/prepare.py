@@ -35,12 +35,13 @@ from lorakit.planner.memory import (
 from lorakit.planner.network import shard_bytes
 from lorakit.planner.step import BatchShape
 from lorakit.processes import Processes
-from lorakit.train.config import DEFAULT_EPOCHS, TrainConfig
+from lorakit.train.config import TrainConfig
 from lorakit.train.context import require_context
 from lorakit.train.objectives.base import ExampleSet, Objective
 from lorakit.train.objectives.registry import build_objective
 from lorakit.train.steps import steps_per_epoch
 from lorakit.train.storage import require_storage
+from lorakit.train.train_section import DEFAULT_EPOCHS
 from lorakit.weights.storage import storage_of
 
 
@@ -382,4 +383,5 @@ def resolve_bf16(config: TrainConfig, device: torch.device) -> bool:
 def _largest_batch(data: RunData, objective: Objective, batch_size: int) -> BatchShape:
     rows = min(batch_size, len(data.train))
     labels = objective.most_labels(data.train, rows)
-    return BatchShape(rows=rows, length=max(data.train.lengths), labels=labels)
+    length = max(data.train.lengths)
+    return BatchShape(rows=rows * objective.rows_each, length=length, labels=labels)

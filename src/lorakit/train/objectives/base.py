@@ -136,6 +136,11 @@ class Objective(Protocol):
         """What the loss is a mean over: "tokens" or "rows"."""
         ...
 
+    @property
+    def rows_each(self) -> int:
+        """How many rows of the model's an example becomes at most, each as long as it is."""
+        ...
+
     def empty_model(self) -> PreTrainedModel:
         """The model on the meta device.
 

@@ -44,6 +44,7 @@ class ClassifyObjective:
     """
 
     unit = "rows"
+    rows_each = 1
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> None:
         self._config = config

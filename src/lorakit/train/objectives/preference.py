@@ -40,6 +40,7 @@ class PreferenceObjective:
 
     best = LOSS
     unit = "rows"
+    rows_each = 1
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config

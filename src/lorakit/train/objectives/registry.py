@@ -7,8 +7,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lorakit.data.rows import Rows
 from lorakit.errors import ConfigError
 from lorakit.train.config import TrainConfig
+from lorakit.train.grpo_section import GRPO
 from lorakit.train.objectives.base import LOSS, Objective
 from lorakit.train.objectives.classify import ClassifyObjective
+from lorakit.train.objectives.grpo import GrpoObjective
 from lorakit.train.objectives.preference import PreferenceObjective
 from lorakit.train.objectives.sft import SftObjective
 from lorakit.train.preference_section import PREFERENCE_TASKS
@@ -33,6 +35,8 @@ def build_objective(
         objective = ClassifyObjective(config, tokenizer, rows)
     elif config.task in PREFERENCE_TASKS:
         objective = PreferenceObjective(config, tokenizer)
+    elif config.task == GRPO:
+        objective = GrpoObjective(config, tokenizer)
     wanted = config.train.best_metric
     if wanted not in (None, LOSS, *objective.metrics):
         raise ConfigError(

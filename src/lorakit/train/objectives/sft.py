@@ -34,6 +34,7 @@ class SftObjective:
     metrics: tuple[str, ...] = ()
     best = LOSS
     unit = "tokens"
+    rows_each = 1
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
