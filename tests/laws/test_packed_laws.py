@@ -305,6 +305,38 @@ def test_rows_are_dealt_by_their_tokens(lengths, shared, expected, two_threads, 
     assert row_threads.row_groups(model_of("llama"), batch, shared=shared) == expected
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_count_by_their_weights_in_threads_too(packed, two_threads):
+    model, batch = model_of("llama"), a_batch()
+    head = LabelHead(fast(model) if packed else model)
+    num_rows = len(batch["labels"])
+    weights = torch.linspace(-1.5, 2.0, num_rows)
+    found = head.loss(batch, num_items=3, row_weights=weights)
+    expected = (weights * head.logits(batch).row_nll(num_rows)).sum() / 3
+    torch.testing.assert_close(found, expected)
+    learned = list(trainable(model).values())
+    gradients = torch.autograd.grad(expected, learned)
+    for one, other in zip(torch.autograd.grad(found, learned), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        # 300 tokens of prompt and 50 of answers: two of the rows cost 400 together, not 700.
+        ((0, 1, 0, 1, 2, 2), [[0, 2, 4, 5], [1, 3]]),
+        ((0, 1, 2, 3, 4, 5), [[0, 2, 4], [1, 3, 5]]),
+        ((0, 0, 0, 0, 0, 1), [[0, 2, 4], [1, 3, 5]]),  # one prompt would be most of the work
+    ],
+)
+def test_answers_to_one_prompt_stay_together(prompts, expected, two_threads):
+    ids = torch.tensor(prompts)[:, None].expand(-1, 350).clone()
+    labels = ids.clone()
+    labels[:, :300] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    assert row_threads.row_groups(model_of("llama"), batch, shared=0) == expected
+
+
 def test_gradient_checkpointing_recomputes_the_function(calls):
     model, batch = model_of("llama"), a_batch()
     expected = run(model, batch)

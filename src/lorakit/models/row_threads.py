@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 # A group this small leaves a core with little but the calls of its operations.
 _LEAST_TOKENS = 128
+# A prompt with more of a batch than this share of a thread's is answered in several threads.
+_LARGEST_FAMILY = 1.2
 # Every group has its own gradients of what is learned, next to the model's.
 _MOST_LEARNED = 0.1
 
@@ -42,13 +44,42 @@ def row_groups(model: nn.Module, batch: Mapping[str, Tensor], *, shared: int) ->
     if mask.device.type != "cpu" or threads < 2 or learned > _MOST_LEARNED * total:
         return [every]
     counts: list[int] = (mask.sum(1) - shared).tolist()
+    # What a row adds to a group that has its prompt already is its answer.
+    prompts = _prompts(batch)
+    families = _families(prompts, counts, shared) if prompts else {(i,): counts[i] for i in every}
+    if max(families.values()) > _LARGEST_FAMILY * sum(families.values()) / threads:
+        families = {(i,): counts[i] for i in every}
     groups: list[list[int]] = [[] for _ in range(threads)]
-    for row in sorted(every, key=lambda i: -counts[i]):
-        min(groups, key=lambda group: sum(counts[i] for i in group)).append(row)
-    smallest = min(sum(counts[i] for i in group) for group in groups)
-    if smallest < max(_LEAST_TOKENS, 4 * shared):
+    sizes = [0] * threads
+    for family in sorted(families, key=lambda rows: -families[rows]):
+        place = sizes.index(min(sizes))
+        groups[place] += family
+        sizes[place] += families[family]
+    if min(sizes) < max(_LEAST_TOKENS, 4 * shared):
         return [every]
     return [sorted(group) for group in groups]
+
+
+def _prompts(batch: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    """The tokens of each row in front of its first label; none where nothing is known of labels."""
+    if "labels" not in batch or "input_ids" not in batch:
+        return []
+    firsts = (batch["labels"] >= 0).long().argmax(1).tolist()
+    rows = batch["input_ids"].tolist()
+    return [tuple(row[:first]) for row, first in zip(rows, firsts, strict=True)]
+
+
+def _families(
+    prompts: Sequence[tuple[int, ...]], counts: Sequence[int], shared: int
+) -> dict[tuple[int, ...], int]:
+    """The rows of each prompt, and the tokens that they are together, the prompt counted once."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    return {
+        tuple(own): sum(counts[i] for i in own) - (len(own) - 1) * max(0, len(prompt) - 1 - shared)
+        for prompt, own in rows.items()
+    }
 
 
 def sum_of_groups(num: int, loss_of: Losses, learned: Sequence[nn.Parameter]) -> Tensor:

@@ -1,8 +1,8 @@
 """Several answers to each prompt, sampled or most likely, token by token.
 
 The prompts are read once, whatever the number of answers to each; rows whose answer has ended leave
-the batch. The numbers that decide a sample are drawn before it begins, so that an answer does not
-depend on which others have ended.
+the batch, some at a time. The numbers that decide a sample are drawn before it begins, so that an
+answer does not depend on which others have ended.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from lorakit.errors import ModelError
 from lorakit.models.generation import contiguous_head
@@ -22,6 +23,8 @@ from lorakit.models.label_head import evaluating
 
 _NEEDED = ("attention_mask", "position_ids", "past_key_values")
 _LAST_ONLY = "logits_to_keep"
+# Rows leave the batch together, since the keys and values of all others are then copied.
+_SHARE_LEAVING = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +103,53 @@ def write_answers(
     return [found[start : start + num] for start in range(0, len(found), num)]
 
 
+class _Growing(DynamicLayer):
+    """Keys and values with room behind them: a token is written there, and nothing is copied."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self._room = room
+        self._storage: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens, (rows, key heads, tokens, d); returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin = self.get_seq_length()
+        stop = begin + key_states.shape[-2]
+        found = self._storage
+        if found is None or found[0].shape[0] != key_states.shape[0] or found[0].shape[2] < stop:
+            found = tuple(
+                new.new_empty(*new.shape[:2], stop + self._room, new.shape[3])
+                for new in (key_states, value_states)
+            )
+            if begin:
+                found[0][:, :, :begin], found[1][:, :, :begin] = self.keys, self.values
+            self._storage = found
+        found[0][:, :, begin:stop], found[1][:, :, begin:stop] = key_states, value_states
+        self.keys, self.values = found[0][:, :, :stop], found[1][:, :, :stop]
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        self._storage = None
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        self._storage = None
+        super().batch_select_indices(indices)
+
+
+def _cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """An empty cache whose layers without a window have room for so many tokens."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Growing(room) if type(one) is DynamicLayer else one for one in cache.layers]
+    return cache
+
+
 class _Batch:
     """The rows that are being written."""
 
@@ -114,9 +164,11 @@ class _Batch:
         self._sampling = sampling
         num_rows = len(prompts) * sampling.num_samples
         self._num_rows = num_rows
-        self._cache = DynamicCache(config=model.config)
+        self._cache = _cache(model, sampling.max_new_tokens)
         self._ends = torch.tensor(sampling.end_ids, dtype=torch.long, device=model.device)
+        # The row of each line of the batch, and whether its answer goes on.
         self._live = torch.arange(num_rows, device=model.device)
+        self._going = torch.ones(num_rows, dtype=torch.bool, device=model.device)
         shape = (num_rows, sampling.max_new_tokens)
         # What is most likely draws nothing: a validation leaves the generators as they are.
         drawn = torch.rand(shape, generator=generator) if sampling.temperature else torch.zeros(0)
@@ -148,14 +200,15 @@ class _Batch:
         """Until every answer has ended, or is cut."""
         last = self._sampling.max_new_tokens - 1
         for place in range(last + 1):
-            chosen, ended = self._choose(place)
-            if place == last or bool(ended.all()):
+            chosen = self._choose(place)
+            num_going = int(self._going.sum())
+            if place == last or not num_going:
                 break
-            if bool(ended.any()):
-                going = (~ended).nonzero()[:, 0]
-                chosen, self._live = chosen[going], self._live[going]
-                self._mask = self._mask[going]
-                self._cache.batch_select_indices(going)
+            if num_going <= (1 - _SHARE_LEAVING) * len(self._going):
+                stay = self._going.nonzero()[:, 0]
+                chosen, self._live, self._mask = chosen[stay], self._live[stay], self._mask[stay]
+                self._going = self._going[stay]
+                self._cache.batch_select_indices(stay)
             self._mask = F.pad(self._mask, (0, 1), value=1)
             self._logits = self._forward(chosen[:, None], self._mask.sum(1, keepdim=True) - 1)
         every = zip(
@@ -167,8 +220,8 @@ class _Batch:
         )
         return [Written(ids[:n], logps[:n], finished) for ids, logps, n, finished in every]
 
-    def _choose(self, place: int) -> tuple[Tensor, Tensor]:
-        """The next token of every live row, and whether it ends its answer; kept."""
+    def _choose(self, place: int) -> Tensor:
+        """The next token of every line; kept where its answer goes on."""
         logps = self._logits.float()
         temperature = self._sampling.temperature
         logps = (logps / temperature if temperature else logps).log_softmax(-1)
@@ -182,10 +235,11 @@ class _Batch:
             chosen = logps.argmax(-1)
         self._ids[self._live, place] = chosen
         self._logps[self._live, place] = logps.gather(1, chosen[:, None])[:, 0]
-        ended = torch.isin(chosen, self._ends)
+        ended = self._going & torch.isin(chosen, self._ends)
         self._lengths[self._live[ended]] = place + 1
         self._finished[self._live[ended]] = True
-        return chosen, ended
+        self._going &= ~ended
+        return chosen
 
     def _forward(self, ids: Tensor, places: Tensor) -> Tensor:
         """(rows, vocabulary) logits behind the last token of every row."""

@@ -41,6 +41,18 @@ def test_loss_and_gradient(smoothing: float, with_bias: bool) -> None:
     torch.testing.assert_close(torch.autograd.grad(found / 7, hidden)[0], expected)
 
 
+def test_weights() -> None:
+    hidden, weight, bias, targets = case()
+    hidden.requires_grad_()
+    weights = torch.linspace(-1.5, 2.0, NUM)
+    options = {"label_smoothing": 0.1}
+    each = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none", **options)
+    found = chunked_cross_entropy(hidden, weight, bias, targets, weights=weights, **options)
+    torch.testing.assert_close(found, (weights * each).sum())
+    (expected,) = torch.autograd.grad((weights * each).sum(), hidden)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], expected)
+
+
 def test_without_gradient_and_without_labels() -> None:
     hidden, weight, _, targets = case()
     with torch.no_grad():
