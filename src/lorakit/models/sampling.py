@@ -120,17 +120,17 @@ class _Growing(DynamicLayer):
         begin = self.get_seq_length()
         stop = begin + key_states.shape[-2]
         found = self._storage
-        if found is None or found[0].shape[0] != key_states.shape[0] or found[0].shape[2] < stop:
-            found = tuple(
-                new.new_empty(*new.shape[:2], stop + self._room, new.shape[3])
-                for new in (key_states, value_states)
-            )
+        if found is None or found[0].shape[2] < stop:
+            found = (self._storage_for(key_states, stop), self._storage_for(value_states, stop))
             if begin:
                 found[0][:, :, :begin], found[1][:, :, :begin] = self.keys, self.values
             self._storage = found
         found[0][:, :, begin:stop], found[1][:, :, begin:stop] = key_states, value_states
         self.keys, self.values = found[0][:, :, :stop], found[1][:, :, :stop]
         return self.keys, self.values
+
+    def _storage_for(self, states: Tensor, stop: int) -> Tensor:
+        return states.new_empty(*states.shape[:2], stop + self._room, states.shape[3])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times."""
