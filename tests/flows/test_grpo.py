@@ -222,11 +222,13 @@ def test_equal_rewards_are_a_step_without_a_gradient(directory: Path) -> None:
     assert lines[0]["learned_tokens"] == 0
 
 
+@pytest.mark.slow
 def test_after_sft_it_begins_at_the_saved_adapter(directory: Path) -> None:
     sft = tiny_runs.config(directory, "sft", epochs=None, max_steps=4, warmup_steps=0)
     saved = train(sft, say=lambda _line: None).adapter
     grpo = {"reward": {"token_f1": 1.0, f"{directory / 'own.py'}:low": 0.5}, "beta": 0.2}
-    values = config_of(directory, "after", grpo=grpo, epochs=None, max_steps=2).to_dict()
+    length = {"epochs": None, "max_steps": 2, "warmup_steps": 0}
+    values = config_of(directory, "after", grpo=grpo, **length).to_dict()
     values["lora"] = {"dropout": 0.0}
     values["continue_from"] = str(saved)
     result = train(TrainConfig.from_dict(values), say=lambda _line: None)
