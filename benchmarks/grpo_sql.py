@@ -31,14 +31,14 @@ from lorakit.demo.database import write_database
 from lorakit.demo.questions import Question, conversations, make_questions
 from lorakit.demo.run import write_rows
 from lorakit.demo.tasks import build_task
-from lorakit.environment import hardware, supports_bf16, versions
+from lorakit.environment import command_line, hardware, supports_bf16, versions
 from lorakit.evaluate.options import EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import write_json
 from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 from lorakit.train.run import TrainResult, train
-from train_speed import RESULTS, command_without_paths
+from train_speed import RESULTS
 
 CONFIG = Path(__file__).with_name("grpo_sql.yaml")
 METRIC = "sql_execution"
@@ -66,7 +66,7 @@ def main() -> None:
     document = {
         "benchmark": "grpo_sql",
         "measured": not args.tiny,
-        "command": command_without_paths(),
+        "command": command_line(),
         "model": "random" if args.tiny else args.model,
         "adapter": "given" if sft is None else _seconds(sft),
         "config": result.record["config"],
