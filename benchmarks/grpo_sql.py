@@ -66,7 +66,7 @@ def main() -> None:
     document = {
         "benchmark": "grpo_sql",
         "measured": not args.tiny,
-        "command": command_line(),
+        "command": command_line({"--adapter": "DIR", "--output": "FILE"}),
         "model": "random" if args.tiny else args.model,
         "adapter": "given" if sft is None else _seconds(sft),
         "config": result.record["config"],
