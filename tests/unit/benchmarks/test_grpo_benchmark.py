@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import tiny_runs
 
@@ -19,6 +20,9 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 def test_it_measures_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     tiny_runs.write_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = tiny_runs.TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
     output = tmp_path / "result.json"
     files = ["--model", str(tmp_path / "model"), "--output", str(output), "--threads", "1"]
     tiny = ["--tiny", "grpo.num_samples=2", "grpo.max_new_tokens=5"]
