@@ -46,9 +46,10 @@ def row_groups(model: nn.Module, batch: Mapping[str, Tensor], *, shared: int) ->
     counts: list[int] = (mask.sum(1) - shared).tolist()
     # What a row adds to a group that has its prompt already is its answer.
     prompts = _prompts(batch)
-    families = _families(prompts, counts, shared) if prompts else {(i,): counts[i] for i in every}
+    singles: dict[tuple[int, ...], int] = {(i,): counts[i] for i in every}
+    families = _families(prompts, counts, shared) if prompts else singles
     if max(families.values()) > _LARGEST_FAMILY * sum(families.values()) / threads:
-        families = {(i,): counts[i] for i in every}
+        families = singles
     groups: list[list[int]] = [[] for _ in range(threads)]
     sizes = [0] * threads
     for family in sorted(families, key=lambda rows: -families[rows]):

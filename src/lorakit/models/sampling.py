@@ -122,7 +122,7 @@ class _Growing(DynamicLayer):
         found = self._storage
         if found is None or found[0].shape[2] < stop:
             found = (self._storage_for(key_states, stop), self._storage_for(value_states, stop))
-            if begin:
+            if self.keys is not None and self.values is not None and begin:
                 found[0][:, :, :begin], found[1][:, :, :begin] = self.keys, self.values
             self._storage = found
         found[0][:, :, begin:stop], found[1][:, :, begin:stop] = key_states, value_states
