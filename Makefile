@@ -79,8 +79,8 @@ bench-compare-e2e: setup  ## ten methods on E2E (needs half an hour): make bench
 	$(BIN)/python benchmarks/compare_methods.py e2e --data $(DATA)
 
 bench-ranks: setup  ## four ways to spend a budget of ranks (needs half an hour): make bench-ranks DATA=DIR
-	$(BIN)/lorakit compare benchmarks/compare/auto_rank_cola.yaml data=$(DATA)/glue
-	$(BIN)/lorakit compare benchmarks/compare/auto_rank_mrpc.yaml data=$(DATA)/glue
+	$(BIN)/lorakit compare benchmarks/compare/auto_rank_sst2.yaml data=$(DATA)/glue
+	$(BIN)/lorakit compare benchmarks/compare/auto_rank_stsb.yaml data=$(DATA)/glue
 	$(BIN)/lorakit compare benchmarks/compare/auto_rank_e2e.yaml data=$(DATA)
 
 bench-forgotten: setup  ## LoRA against full fine-tuning on a mix of tasks (minutes): make bench-forgotten DATA=DIR
