@@ -21,6 +21,8 @@ DEFAULT_SHARE = 1 / 3
 # The log of eval's perplexity: nats per learned token, as training reports it.
 LOSS = "loss"
 _BUDGETS = ("steps", "epochs", "seconds")
+# Task -> the metrics of its final score.
+_SCORED: Mapping[str, Iterable[str]] = {"sft": METRICS, "classify": TASK_METRICS}
 
 
 def _help(text: str) -> dict[str, str]:
@@ -194,7 +196,15 @@ class CompareConfig:
     def _check_arms(self) -> None:
         for arm in self.arms:
             trial = arm.train_config(lr=arm.rates[0], seed=self.seeds[0], length={"max_steps": 1})
-            self._check_metrics(METRICS if trial.task == "sft" else TASK_METRICS)
+            if trial.task not in _SCORED:
+                raise ConfigError(
+                    f"a comparison has no final score for task {trial.task}",
+                    where="base.task",
+                    expected=" or ".join(_SCORED),
+                    found=trial.task,
+                    remedy="train each method with lorakit train, and compare their validations",
+                )
+            self._check_metrics(_SCORED[trial.task])
             if len(arm.rates) > 1 and not trial.validates:
                 raise ConfigError(
                     "a learning-rate search needs validation rows",

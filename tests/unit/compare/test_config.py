@@ -105,6 +105,7 @@ def test_merged_keeps_what_the_method_does_not_name():
         ({"methods": arm(train={"warmup": 4})}, "methods[0] (A), train"),
         ({"base": {"model": "m", "data": {"train": "t"}, "output": "x"}}, "base, output"),
         ({"base": {"model": "m", "data": {"train": "t"}}}, "base.data"),
+        ({"base": {"model": "m", "data": {"train": "t"}, "task": "dpo"}}, "base.task"),
     ],
 )
 def test_what_does_not_make_a_fair_comparison_is_refused(changes, where):
