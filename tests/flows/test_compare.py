@@ -181,6 +181,9 @@ def test_more_rates_leave_the_cells_that_are_there(done):
     new = [cell.name for cell in planned.cells if cell.seconds is None]
     assert "lora-qv/lr-0.01" in new
     assert not any(name.startswith("lora-all") for name in new)
+    # A rate that loses leaves the winner's runs finished: they are found, not run again.
+    _, said = run(with_model(done, lr_search={"values": [1e-6, 1e-3, 3e-2], "share": 0.5}))
+    assert [line.split(":")[0] for line in said[1:]] == ["lora-qv/lr-1e-06"]
 
 
 def test_only_max_cells_and_dry_run(done, capsys):

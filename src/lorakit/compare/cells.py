@@ -30,7 +30,7 @@ class Cell:
     Attributes:
         arm: its method.
         kind: probe (how fast are steps), search (one learning rate), final (one seed).
-        lr: the learning rate; None while the search for it is not finished.
+        lr: the learning rate; None while the choice of it is not finished.
         seed: of the run.
         config: the run; None while the rate or the length is not known.
         measures: the final score and the latency that are asked for, as plain values.
@@ -83,16 +83,11 @@ def plan_cells(config: CompareConfig, data: DataFiles, records: Records) -> list
         data: its rows.
         records: the finished cells' records by the cell's name.
     """
-    early: list[Cell] = []
     planners = [_ArmPlanner(config, data, records, arm) for arm in config.arms]
-    for planner in planners:
-        early += planner.early()
-    return early + [
-        planner.final(seed, first=seed == config.seeds[0])
-        for seed in config.seeds
-        for planner in planners
-        if not planner.gave_up()
-    ]
+    going = [planner for planner in planners if not planner.gave_up()]
+    cells = [cell for planner in planners for cell in planner.early()]
+    cells += [cell for planner in going for cell in planner.first_seed()]
+    return cells + [planner.seed(seed) for seed in config.seeds[1:] for planner in going]
 
 
 def directory_of(config: CompareConfig, cell: Cell) -> Path:
@@ -141,14 +136,21 @@ def read_record(directory: Path, cell: Cell) -> dict[str, Any] | None:
     return record
 
 
-def choose_rate(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """The learning rate with the lowest validation loss; None if every run failed."""
-    scored = [
-        (record["eval_loss"], record["lr"])
-        for record in records
-        if record["eval_loss"] is not None and math.isfinite(record["eval_loss"])
-    ]
-    return min(scored)[1] if scored else None
+def chosen_rates(config: CompareConfig, data: DataFiles, records: Records) -> dict[str, float]:
+    """The learning rate of every method for which it is settled, by the method's name."""
+    found = ((arm, _ArmPlanner(config, data, records, arm).rate()) for arm in config.arms)
+    return {arm.name: rate for arm, rate in found if rate is not None}
+
+
+def _by_loss(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs that have a finite validation loss, the lowest first."""
+    scored = [record for record in records if _loss(record) is not None]
+    return sorted(scored, key=lambda record: (record["eval_loss"], record["lr"]))
+
+
+def _loss(record: Mapping[str, Any]) -> float | None:
+    loss = record["eval_loss"]
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 class _ArmPlanner:
@@ -173,12 +175,55 @@ class _ArmPlanner:
         """Whether every learning rate failed, so that there is none to run the seeds with."""
         cells = self.early()
         finished = all(cell.name in self.records for cell in cells)
-        known = self._rate() is not None and self._length(1.0) is not None
+        known = self._candidates() and self._length(1.0) is not None
         return bool(cells) and finished and not known
 
-    def final(self, seed: int, *, first: bool) -> Cell:
-        """The run of one seed; latency is measured on the first only."""
-        rate = self._rate()
+    def first_seed(self) -> list[Cell]:
+        """The first seed's runs: the search's best rate, then the next best while none holds.
+
+        A rate holds if the whole run ends with no higher a validation loss than its shorter search
+        run: a rate may learn fast and then diverge, and the search cannot see that.
+        """
+        candidates = self._candidates()
+        if not candidates:
+            return [self._final(None, self.config.seeds[0], first=True)]
+        cells: list[Cell] = []
+        for rate, search_loss in candidates:
+            cells.append(self._final(rate, self.config.seeds[0], first=True))
+            record = self.records.get(cells[-1].name)
+            if record is None:
+                break
+            loss = _loss(record)
+            if loss is not None and (search_loss is None or loss <= search_loss):
+                break
+        return cells
+
+    def seed(self, seed: int) -> Cell:
+        """The run of a further seed, with the rate that the first seed settled."""
+        return self._final(self.rate(), seed, first=False)
+
+    def rate(self) -> float | None:
+        """The learning rate of the method; None while it is not settled."""
+        if len(self.arm.rates) == 1:
+            return self.arm.rates[0]
+        cells = self.first_seed()
+        found = [self.records[cell.name] for cell in cells if cell.name in self.records]
+        if len(found) < len(cells):
+            return None
+        return next((record["lr"] for record in _by_loss(found)), cells[0].lr)
+
+    def _candidates(self) -> list[tuple[float, float | None]]:
+        """Rates by the search's validation loss, and that loss; empty while it is not finished."""
+        if len(self.arm.rates) == 1:
+            return [(self.arm.rates[0], None)]
+        cells = self._search()
+        found = [self.records[cell.name] for cell in cells if cell.name in self.records]
+        if len(found) < len(cells):
+            return []
+        return [(record["lr"], record["eval_loss"]) for record in _by_loss(found)]
+
+    def _final(self, rate: float | None, seed: int, *, first: bool) -> Cell:
+        """A run of the whole length; latency is measured on the first seed only."""
         measures: dict[str, Any] = {"eval": self._eval()}
         latency = self.config.latency
         if first and latency.trials:
@@ -201,13 +246,6 @@ class _ArmPlanner:
         if self.config.budget.seconds is None:
             return False
         return bool(self.records.get(self._probe().name, {}).get("failed"))
-
-    def _rate(self) -> float | None:
-        if len(self.arm.rates) == 1:
-            return self.arm.rates[0]
-        found = [self.records.get(cell.name) for cell in self._search()]
-        finished = [record for record in found if record is not None]
-        return choose_rate(finished) if len(finished) == len(found) else None
 
     def _length(self, share: float) -> dict[str, Any] | None:
         budget = self.config.budget

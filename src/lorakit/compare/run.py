@@ -177,6 +177,8 @@ class _Comparison:
         if record is None:
             raise WorkError("a run left no record", where=str(directory), remedy=f"see {log}")
         self.records[cell.name] = record
+        # What this cell settled may name a run that an earlier call has finished.
+        self._read()
         left = len(self.remaining())
         say(f"{cell.name}: {_outcome(record)}, {format_duration(record['seconds'])}; {left} to go")
 

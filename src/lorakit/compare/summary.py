@@ -8,7 +8,7 @@ from statistics import mean, median
 from typing import Any
 
 from lorakit.compare.arms import Arm
-from lorakit.compare.cells import Records, choose_rate, plan_cells
+from lorakit.compare.cells import Records, chosen_rates, plan_cells
 from lorakit.compare.config import CompareConfig
 from lorakit.compare.files import DataFiles
 from lorakit.compare.intervals import over_seeds
@@ -30,7 +30,8 @@ def document(
         command: the command line.
     """
     planned = plan_cells(config, data, records)
-    finished = [records[cell.name] for cell in planned if cell.name in records]
+    rates = chosen_rates(config, data, records)
+    finished = [_with_fate(records[cell.name], rates) for cell in planned if cell.name in records]
     return {
         "kind": "compare",
         "title": config.title or config.output,
@@ -39,7 +40,7 @@ def document(
         "complete": len(finished) == len(planned),
         "num_cells": {"finished": len(finished), "planned": len(planned)},
         "metric": _metric(finished),
-        "methods": [_method(config, arm, finished) for arm in config.arms],
+        "methods": [_method(config, arm, rates.get(arm.name), finished) for arm in config.arms],
         "data": {"sha256": dict(data.sha256), "num_rows": dict(data.num_rows)},
         "config": config.to_dict(),
         "seconds": {
@@ -60,7 +61,16 @@ def _metric(finished: Sequence[Record]) -> dict[str, Any] | None:
     return None
 
 
-def _method(config: CompareConfig, arm: Arm, finished: Sequence[Record]) -> dict[str, Any]:
+def _with_fate(record: Record, rates: Mapping[str, float]) -> Record:
+    """A whole run whose rate did not hold is called abandoned: it is no score of the method."""
+    if record["kind"] != "final" or rates.get(record["arm"], record["lr"]) == record["lr"]:
+        return record
+    return {**record, "kind": "abandoned"}
+
+
+def _method(
+    config: CompareConfig, arm: Arm, rate: float | None, finished: Sequence[Record]
+) -> dict[str, Any]:
     mine = [record for record in finished if record["arm"] == arm.name]
     search = [record for record in mine if record["kind"] == "search"]
     final = [record for record in mine if record["kind"] == "final" and not record["failed"]]
@@ -68,7 +78,7 @@ def _method(config: CompareConfig, arm: Arm, finished: Sequence[Record]) -> dict
     return {
         "name": arm.name,
         "method": arm.method,
-        "lr": _rate(config, arm, search),
+        "lr": _rate(config, arm, rate, mine),
         "trainable_params": _first(known, "trainable_params"),
         "trainable_share": _first(known, "trainable_share"),
         "checkpoint_bytes": _first(known, "checkpoint_bytes"),
@@ -94,24 +104,29 @@ def _method(config: CompareConfig, arm: Arm, finished: Sequence[Record]) -> dict
     }
 
 
-def _rate(config: CompareConfig, arm: Arm, search: Sequence[Record]) -> dict[str, Any]:
+def _rate(
+    config: CompareConfig, arm: Arm, chosen: float | None, mine: Sequence[Record]
+) -> dict[str, Any]:
     """The learning rate that was chosen, from which, and whether it lies at their edge."""
     rates = list(arm.rates)
-    chosen = rates[0] if len(rates) == 1 else None
-    if len(rates) > 1 and len(search) == len(rates):
-        chosen = choose_rate(search)
     edge = None
     if chosen is not None and len(rates) > 1:
         edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(chosen)
     return {
         "chosen": chosen,
-        "searched": [
-            {"lr": record["lr"], "eval_loss": record["eval_loss"], "failed": bool(record["failed"])}
-            for record in search
-        ],
+        "searched": _losses(mine, "search"),
+        "abandoned": _losses(mine, "abandoned"),
         "edge": edge,
         "search_seed": config.lr_search.seed,
     }
+
+
+def _losses(mine: Sequence[Record], kind: str) -> list[dict[str, Any]]:
+    return [
+        {"lr": record["lr"], "eval_loss": record["eval_loss"], "failed": bool(record["failed"])}
+        for record in mine
+        if record["kind"] == kind
+    ]
 
 
 def _scores(final: Sequence[Record]) -> dict[str, Any]:

@@ -103,6 +103,12 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
                 f"* {method['name']}: the chosen lr is the {lr['edge']} of those tried; a better "
                 "one may lie beyond."
             )
+        remarks += [
+            f"{method['name']}: lr {run['lr']:g} won the search and did not hold over the whole "
+            f"run (validation loss {_or_none(run['eval_loss'], format_number)}): the next best was "
+            "tried."
+            for run in lr.get("abandoned", ())
+        ]
         refused = ((method["latency"] or {}).get("merged") or {}).get("refused")
         if refused:
             remarks.append(f"{method['name']} cannot be merged: {refused}.")

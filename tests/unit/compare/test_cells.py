@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.compare.cells import choose_rate, plan_cells, read_record
+from lorakit.compare.cells import chosen_rates, plan_cells, read_record
 from lorakit.compare.config import CompareConfig
 from lorakit.compare.estimate import forecast
 from lorakit.compare.files import DataFiles, find_data
@@ -73,15 +73,41 @@ def test_searches_come_first_and_seeds_go_round_the_methods():
 def test_the_winner_of_the_search_runs_all_seeds():
     records = {"a/lr-0.001": finished(1e-3, 2.0), "a/lr-0.01": finished(1e-2, 1.5)}
     found = plan_cells(config(), DATA, records)
-    assert "a/lr-0.01-seed-4" in names(found)
-    assert "a/lr-0.01-seed-6" in names(found)
+    assert names(found)[2:] == [
+        "a/lr-0.01-seed-4",
+        "b/lr-0.0005-seed-4",
+        "a/lr-unknown-seed-6",
+        "b/lr-0.0005-seed-6",
+    ]
+    assert chosen_rates(config(), DATA, records) == {"B": 5e-4}
+    records["a/lr-0.01-seed-4"] = finished(1e-2, 1.5)
+    assert "a/lr-0.01-seed-6" in names(plan_cells(config(), DATA, records))
+    assert chosen_rates(config(), DATA, records) == {"A": 1e-2, "B": 5e-4}
+
+
+@pytest.mark.parametrize("loss", [1.6, None, math.inf])
+def test_a_rate_that_does_not_hold_over_the_whole_length_gives_way_to_the_next(loss):
+    records = {"a/lr-0.001": finished(1e-3, 2.0), "a/lr-0.01": finished(1e-2, 1.5)}
+    records["a/lr-0.01-seed-4"] = finished(1e-2, loss)
+    found = names(plan_cells(config(), DATA, records))
+    assert found[2:5] == ["a/lr-0.01-seed-4", "a/lr-0.001-seed-4", "b/lr-0.0005-seed-4"]
+    assert "a/lr-unknown-seed-6" in found
+    better = {**records, "a/lr-0.001-seed-4": finished(1e-3, 1.4)}
+    assert "a/lr-0.001-seed-6" in names(plan_cells(config(), DATA, better))
+    # Where none holds, the lowest loss of the whole runs counts; where none has one, the search's.
+    worse = {**records, "a/lr-0.001-seed-4": finished(1e-3, 2.1)}
+    expected = 1e-2 if loss == 1.6 else 1e-3
+    assert chosen_rates(config(), DATA, worse)["A"] == expected
+    none = {**records, "a/lr-0.01-seed-4": finished(1e-2, None)}
+    none["a/lr-0.001-seed-4"] = finished(1e-3, None)
+    assert chosen_rates(config(), DATA, none)["A"] == 1e-2
 
 
 def test_a_rate_that_failed_or_overflowed_never_wins():
     failed, overflowed = finished(1e-3, None), finished(1e-2, math.inf)
-    assert choose_rate([failed, overflowed, finished(1e-4, 9.0)]) == 1e-4
-    assert choose_rate([failed, overflowed]) is None
-    records = {"a/lr-0.001": failed, "a/lr-0.01": finished(1e-2, None)}
+    records = {"a/lr-0.001": failed, "a/lr-0.01": finished(1e-2, 9.0)}
+    assert "a/lr-0.01-seed-4" in names(plan_cells(config(), DATA, records))
+    records = {"a/lr-0.001": failed, "a/lr-0.01": overflowed}
     assert names(plan_cells(config(), DATA, records))[2:] == [
         "b/lr-0.0005-seed-4",
         "b/lr-0.0005-seed-6",
