@@ -96,8 +96,7 @@ def app(args: Mapping[str, Any] | RaySettings) -> Application:
     def build() -> FastAPI:
         return replica_app(settings)
 
-    deployment = serve.deployment(
-        serve.ingress(build)(),
+    deployed = serve.deployment(
         name="lorakit",
         num_replicas=asked.replicas,
         # The queue is the engine's: it refuses with 429, and is fair between adapters.
@@ -105,7 +104,7 @@ def app(args: Mapping[str, Any] | RaySettings) -> Application:
         ray_actor_options={"num_cpus": asked.cpus, "num_gpus": asked.gpus},
         graceful_shutdown_timeout_s=settings.listen.drain_s,
     )
-    return deployment.bind()
+    return deployed(serve.ingress(build)()).bind()
 
 
 def _asked(args: Mapping[str, Any] | RaySettings) -> RaySettings:
