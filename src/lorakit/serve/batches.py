@@ -92,6 +92,8 @@ class PackedBatch:
             self._routing = None
         if not self._answering:
             self._bank.clear()
+            # A pass that failed may have left a bucket half grown.
+            self._cache.clear()
 
     def mode(self) -> AbstractContextManager[None]:
         """The model's attention is ours inside."""
@@ -114,9 +116,10 @@ class PackedBatch:
         with self._served.routed(body, head):
             logits = packed_logits(self._model, step, last, wanted)
         for row in read:
-            _, cache = self._reading.pop(row.id)
-            self._cache.insert(row.id, cache)
+            # Memory may run out here: until its keys are moved the row is one that reads.
+            self._cache.insert(row.id, self._reading[row.id][1])
             self._answering[row.id] = row
+            del self._reading[row.id]
             self._routing = None
         rows = [*(self._answering[name] for name in routing.order), *read]
         if rows:

@@ -56,6 +56,7 @@ class Engine:
         options: the limits.
         static_reason: why this architecture runs in static batches, or None.
         context: the most tokens of prompt and answer, or None where positions have no end.
+        failure: the defect that ended the engine's thread, or None while it is well.
 
     Raises:
         ModelError: the model does not generate.
@@ -100,6 +101,7 @@ class Engine:
         self._arrived: deque[Row] = deque()
         self._cancelled: set[str] = set()
         self._draining = self._stopping = False
+        self.failure: LorakitError | None = None
         self._reserved = 0
         self._num_generated = self._num_prompt = 0
         self._recent: deque[tuple[float, int]] = deque()
@@ -166,12 +168,19 @@ class Engine:
 
         Raises:
             QueueFullError: max_queue requests wait already, or the engine is draining.
+            ServeError: the engine has failed.
             UnknownAdapterError: no such adapter.
             RequestError: an empty prompt, one longer than the model's context or the cache, an id
                 that is under way, a schema that cannot be compiled.
         """
         row = self._new_row(request, on_event)
         with self._lock:
+            if self.failure is not None:
+                raise ServeError(
+                    "the engine has failed, and answers nothing more",
+                    found=str(self.failure.found),
+                    remedy="start the server again; its log has the whole error",
+                )
             num_waiting = sum(other.state == "waiting" for other in self._rows.values())
             if self._draining or num_waiting >= self.options.max_queue:
                 raise QueueFullError(
@@ -266,7 +275,6 @@ class Engine:
     # In the engine's thread.
 
     def _run(self) -> None:
-        failure: LorakitError | None = None
         try:
             with torch.inference_mode(), self._batch.mode():
                 while not self._stopping:
@@ -274,8 +282,8 @@ class Engine:
         except Exception as error:
             # A defect of the engine itself: nobody may wait for it for ever.
             _log.exception("the engine has stopped")
-            failure = _failed_pass(error)
-        self._end_all(failure)
+            self.failure = _failed_pass(error)
+        self._end_all(self.failure)
 
     def _end_all(self, failure: LorakitError | None) -> None:
         with self._lock:

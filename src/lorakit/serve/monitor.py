@@ -44,6 +44,8 @@ def monitor_routes(service: Service) -> APIRouter:
 
     @router.get("/health")
     async def health() -> JSONResponse:
+        if service.engine.failure is not None:
+            return JSONResponse({"status": "failed"}, status_code=503)
         if service.draining:
             return JSONResponse({"status": "draining"}, status_code=503)
         return JSONResponse({"status": "ok"})

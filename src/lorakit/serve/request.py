@@ -102,12 +102,15 @@ class GenerateRequest:
         prompt_ids: the prompt's tokens, chat template and all.
         adapter: None for the base, an adapter's name, or names with weights: their exact sum.
         sampling: how the answer is chosen and when it ends.
+        continues: the answer's text goes on where the prompt's ends: a space that it begins with
+            is kept by tokenizers that drop it at the start of a text.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     adapter: AdapterChoice = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ class TokenLogprob:
 
     Attributes:
         token_id: the chosen token.
-        text: it alone, decoded; half a character becomes U+FFFD.
+        text: it alone, as it reads inside a text; half a character becomes U+FFFD.
         logprob: natural logarithm of its probability.
         raw: its bytes, where half a character too has its own; None where they are not known.
         top: the most likely tokens, best first, as many as were asked for.

@@ -26,7 +26,7 @@ from lorakit.serve.request import (
 )
 from lorakit.serve.sampler import Chosen, RowSampler
 from lorakit.serve.served import ServedAdapter
-from lorakit.serve.text import TextStream, token_bytes
+from lorakit.serve.text import TextStream, token_bytes, token_text
 
 _log = logging.getLogger("lorakit.serve")
 
@@ -65,7 +65,8 @@ class Row:
         self.id = self.request.id
         self.label = adapter_label(self.request.adapter)
         self.prompt = self.request.prompt_ids
-        self._text = TextStream(self.tokenizer, self.request.sampling.stop)
+        behind = self.prompt if self.request.continues else ()
+        self._text = TextStream(self.tokenizer, self.request.sampling.stop, behind=behind)
         self._pending: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._submitted = time.monotonic()
@@ -144,13 +145,8 @@ class Row:
             _log.exception("the listener of request %s failed", self.id)
 
     def _described(self, chosen: Chosen, logprob: float) -> TokenLogprob:
-        def alone(token: int) -> str:
-            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-            assert isinstance(text, str)
-            return text
-
         def described(token: int, value: float) -> TopToken:
-            text = alone(token)
+            text = token_text(self.tokenizer, token)
             return TopToken(token, text, value, token_bytes(self.tokenizer, token, text))
 
         top = tuple(described(token, value) for token, value in chosen.top)

@@ -220,6 +220,7 @@ class Service:
                         prompt_ids=prompt,
                         adapter=target.choice,
                         sampling=_of_choice(sampling, number),
+                        continues=isinstance(body, CompletionBody),
                     )
                 )
         label = adapter_label(target.choice)

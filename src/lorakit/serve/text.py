@@ -19,7 +19,21 @@ _BYTES = {
     **{chr(byte): byte for byte in _WRITTEN},
     **{chr(256 + i): byte for i, byte in enumerate(_NOT_WRITTEN)},
 }
+_SPACE = "\u2581"  # SentencePiece's letter for a space
 _ONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token as it reads inside a text: half a character as U+FFFD, with the space in front.
+
+    SentencePiece's tokenizers drop that space from whatever is decoded first, and alone a token is.
+    """
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    raw = tokenizer.convert_ids_to_tokens(token)
+    assert isinstance(text, str)
+    assert isinstance(raw, str)
+    spaces = len(raw) - len(raw.lstrip(_SPACE))
+    return text if not spaces else " " * spaces + text.lstrip(" ")
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> bytes | None:
@@ -28,7 +42,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int, text: str) -> by
     Args:
         tokenizer: the model's.
         token: its id.
-        text: it alone, decoded.
+        text: see `token_text`.
     """
     if _HALF not in text:
         return text.encode()
@@ -46,13 +60,22 @@ class TextStream:
     Args:
         tokenizer: the model's.
         stop: the answer ends in front of the first of these.
+        behind: tokens whose text this one goes on, and which is not shown.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        behind: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._shown = 0  # tokens whose text was handed out
+        self._ids = list(behind[-_CONTEXT:])
+        if self._decode(self._ids).endswith(_HALF):
+            self._ids = []  # nobody has seen its half character
+        self._shown = len(self._ids)  # tokens whose text was handed out
         self._pending = ""  # text that may be the beginning of a stop string
         self.stopped_by: str | None = None
 

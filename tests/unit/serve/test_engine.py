@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from lorakit.errors import (
     ModelError,
     QueueFullError,
     RequestError,
+    ServeError,
     StateError,
     UnknownAdapterError,
 )
 from lorakit.serve.engine import Engine
+from lorakit.serve.kv_cache import Bucket, PromptCache
 from lorakit.serve.request import EngineOptions, GenerateRequest, TokenEvent
 from serving import Reply, ask, byte_llama, byte_tokenizer, prompts, running, save_learned
 
@@ -215,6 +218,48 @@ def test_a_failed_forward_fails_its_batch_only(monkeypatch, caplog) -> None:
         assert behind.wait().tokens == expected.tokens
         assert engine.stats().kv_tokens == 0
     assert "a forward pass failed" in caplog.text
+
+
+def test_a_bucket_that_cannot_grow_fails_its_batch_and_leaves_nothing_half_done(
+    monkeypatch, caplog
+) -> None:
+    model = byte_llama()
+    with running(model, max_batch=2) as engine:
+        expected = ask(engine, [5, 6], max_tokens=8, ignore_eos=True).wait()
+        make_room, left = Bucket._make_room, [True]
+
+        def once_too_large(self: Bucket, num_rows: int, like: PromptCache) -> None:
+            if left:
+                left.clear()
+                # Memory runs out at the second layer's keys.
+                first = next(iter(like.keys))
+                make_room(self, num_rows, replace(like, keys={first: like.keys[first]}, values={}))
+                raise RuntimeError("out of memory")
+            make_room(self, num_rows, like)
+
+        monkeypatch.setattr(Bucket, "_make_room", once_too_large)
+        failed = ask(engine, [5, 6], max_tokens=8, ignore_eos=True).wait()
+        assert "out of memory" in str(failed.ended.error)
+        again = ask(engine, [5, 6], max_tokens=8, ignore_eos=True).wait()
+        assert again.tokens == expected.tokens
+        assert engine.stats().kv_tokens == engine.stats().running == 0
+    assert "a forward pass failed" in caplog.text
+
+
+def test_an_engine_that_fails_itself_says_so_and_keeps_nobody_waiting(monkeypatch, caplog) -> None:
+    with running(byte_llama()) as engine:
+        long = ask(engine, [5, 6], max_tokens=400, ignore_eos=True)
+
+        def broken(_: object) -> None:
+            raise KeyError("a defect")
+
+        monkeypatch.setattr(engine._queue, "take", broken)
+        assert "a defect" in str(long.wait().ended.error)
+        while engine.failure is None:
+            time.sleep(0.001)
+        with pytest.raises(ServeError, match="start the server again"):
+            ask(engine, [5, 6])
+    assert "the engine has stopped" in caplog.text
 
 
 def test_a_corrupt_adapter_fails_its_requests_while_everyone_is_served(root: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import tiny_server
+from lorakit.errors import ServeError
 from lorakit.serve import monitor
 from lorakit.serve.service import Service
 
@@ -53,6 +54,17 @@ def test_health_follows_the_drain(service: Service) -> None:
     late = post(fresh, "/v1/completions", model="tiny", prompt="a")
     assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
     assert "retry-after" in late.headers
+
+
+def test_health_says_that_the_engine_has_failed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.engine, "failure", ServeError("broken", found="a defect"))
+    response = get(service, "/health")
+    assert (response.status_code, response.json()) == (503, {"status": "failed"})
+    late = post(service, "/v1/completions", model="tiny", prompt="a")
+    assert late.status_code == 500
+    assert "a defect" in late.json()["error"]["message"]
 
 
 def test_metrics_count_what_was_done(service: Service) -> None:

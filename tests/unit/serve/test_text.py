@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lorakit.serve.text import TextStream, token_bytes
+from lorakit.serve.text import TextStream, token_bytes, token_text
 from serving import byte_tokenizer
 
 TEXT = "Grüße, 世界! 🙂 naïve\tend"
@@ -82,3 +82,47 @@ def test_the_bytes_of_tokens_are_those_of_the_text() -> None:
     assert token_bytes(pieces, 1, "\n") == b"\n"
     assert token_bytes(pieces, 2, "\ufffd") is None
     assert token_bytes(pieces, 3, "a") == b"a"
+
+
+def sentence_pieces() -> PreTrainedTokenizerFast:
+    """Decoded as Llama 2's and Mistral's tokenizers do it."""
+    pieces = [
+        "<s>",
+        "\u2581The",
+        "\u2581sky",
+        "\u2581is",
+        "\u2581",
+        "\u2581\u2581",
+        "<0xC3>",
+        "<0xA9>",
+        ".",
+    ]
+    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    raw.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+
+
+def test_a_text_that_goes_on_keeps_the_space_it_begins_with() -> None:
+    tokenizer = sentence_pieces()
+    alone, behind = TextStream(tokenizer), TextStream(tokenizer, behind=[0, 1])
+    assert [alone.push(token) for token in (2, 3)] == ["sky", " is"]
+    assert [behind.push(token) for token in (2, 3)] == [" sky", " is"]
+    # Half a character at the end of the prompt was never shown, and takes nothing away.
+    halved = TextStream(tokenizer, behind=[1, 6])
+    assert halved.push(8) == "."
+
+
+def test_a_token_s_own_text_has_its_spaces() -> None:
+    tokenizer = sentence_pieces()
+    texts = [token_text(tokenizer, token) for token in (1, 2, 3, 8, 5, 4)]
+    assert "".join(texts) == " The sky is.   "
+    assert token_text(tokenizer, 6) == "\ufffd"
+    assert token_text(tokenizer, 0) == "<s>"
+    assert token_text(byte_tokenizer(), byte_tokenizer()(" ").input_ids[0]) == " "
