@@ -44,6 +44,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     RobertaConfig,
+    RobertaForMaskedLM,
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -116,6 +117,13 @@ def bart(vocab: int = VOCAB, **extra: object) -> PreTrainedModel:
             **extra,
         )
     )
+
+
+def masked_lm(vocab: int = VOCAB) -> PreTrainedModel:
+    """RoBERTa with its head for masked tokens: every position sees all others."""
+    config = RobertaConfig(**_TEXT, **_LAYERS, intermediate_size=INTERMEDIATE)
+    config.vocab_size = vocab
+    return RobertaForMaskedLM(config)
 
 
 def llama_biased() -> PreTrainedModel:

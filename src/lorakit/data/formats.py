@@ -23,13 +23,14 @@ _NEEDS: dict[Format, tuple[tuple[str, ...], str | None]] = {
     "text": (("text",), None),
 }
 _TOOLS = "a list of functions, each an object, or such a list as JSON text"
-_MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
+# What data sets call a speaker, in lower case -> what chat templates call it.
+_ROLES = {
     "system": "system",
-    "human": "user",
+    "developer": "developer",
     "user": "user",
-    "gpt": "assistant",
+    "human": "user",
     "assistant": "assistant",
+    "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
@@ -152,7 +153,7 @@ def read_content(
     if kind == "instruction-output":
         return read_alpaca(row, options, where)
     column = options.column(kind)
-    messages = read_messages(row[column], f"{where}, column {column!r}", kind == "conversations")
+    messages = read_messages(row[column], f"{where}, column {column!r}")
     return Dialogue(with_system(messages, row, options), tools=tools_of(row, where))
 
 
@@ -172,10 +173,10 @@ def _read_pair(row: Row, options: SftOptions, where: str) -> Content:
         answer = None if names[1] not in row else _text(row, names[1], where)
         _text(row, names[0], where)
         return Pair(prompt, prompt, answer, system_of(row, options))
-    messages = read_messages(prompt, f"{where}, column {names[0]!r}", False)
+    messages = read_messages(prompt, f"{where}, column {names[0]!r}")
     answers: list[Message] = []
     if names[1] in row:
-        answers = read_messages(completion, f"{where}, column {names[1]!r}", False)
+        answers = read_messages(completion, f"{where}, column {names[1]!r}")
     messages = with_system(messages, row, options)
     tools = tools_of(row, where)
     return Dialogue(messages + answers, first_learned=len(messages), tools=tools)
@@ -200,8 +201,8 @@ def read_alpaca(row: Row, options: SftOptions, where: str) -> Pair:
     return Pair(prompt, filled, answer, system_of(row, options))
 
 
-def read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
-    """A list of turns; with `sharegpt`, also as objects with "from" and "value".
+def read_messages(value: Any, where: str) -> list[Message]:
+    """A list of turns: objects with "role" and "content", or ShareGPT's "from" and "value".
 
     Raises:
         DataError: it is something else, or empty.
@@ -209,9 +210,7 @@ def read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
         raise wrong_kind(where, "a list of messages", value)
     messages = [
-        _read_sharegpt(item, f"{where}, message {number}")
-        if sharegpt and not (isinstance(item, Mapping) and "role" in item)
-        else _read_message(item, f"{where}, message {number}")
+        _read_message(item, f"{where}, message {number}")
         for number, item in enumerate(value, start=1)
     ]
     if not messages:
@@ -219,33 +218,44 @@ def read_messages(value: Any, where: str, sharegpt: bool) -> list[Message]:
     return messages
 
 
+def is_answer(turn: Mapping[str, Any]) -> bool:
+    """Whether the assistant says this turn, in whichever of the two notations."""
+    return _role_of(turn) == "assistant"
+
+
+def _role_of(item: Mapping[str, Any]) -> str | None:
+    """The role as templates name it; None for one that is not known."""
+    named = item.get("role", item.get("from"))
+    return _ROLES.get(named.lower()) if isinstance(named, str) else None
+
+
 def _read_message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise wrong_kind(where, 'an object with "role" and "content"', item)
-    role = item.get("role")
-    if role not in _MESSAGE_ROLES:
-        raise wrong_kind(f"{where}, role", f"one of {', '.join(_MESSAGE_ROLES)}", role)
-    # A Parquet table fills the keys that other messages have with None.
-    message = {key: value for key, value in item.items() if value is not None}
-    content = message.setdefault("content", None)
-    if content is None and "tool_calls" in message:
-        return message | {"content": ""}
-    if not isinstance(content, str):
-        raise wrong_kind(f"{where}, content", "text", content)
-    _check_unicode(content, where)
-    return message
-
-
-def _read_sharegpt(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping) or "from" not in item or "value" not in item:
-        raise wrong_kind(where, 'an object with "from" and "value"', item)
-    role = _SHAREGPT_ROLES.get(str(item["from"]))
+    if not isinstance(item, Mapping) or not ("role" in item or {"from", "value"} <= item.keys()):
+        raise wrong_kind(where, 'an object with "role" and "content", or "from" and "value"', item)
+    key, text = ("role", "content") if "role" in item else ("from", "value")
+    role = _role_of(item)
     if role is None:
-        raise wrong_kind(f"{where}, from", f"one of {', '.join(_SHAREGPT_ROLES)}", item["from"])
-    if not isinstance(item["value"], str):
-        raise wrong_kind(f"{where}, value", "text", item["value"])
-    _check_unicode(item["value"], where)
-    return {"role": role, "content": item["value"]}
+        raise wrong_kind(f"{where}, {key}", f"one of {', '.join(_ROLES)}", item[key])
+    # A Parquet table fills the keys that other messages have with None.
+    rest = {k: v for k, v in item.items() if v is not None and k not in (key, text)}
+    content = _joined(item.get(text))
+    if content is None and "tool_calls" in rest:
+        content = ""
+    if not isinstance(content, str):
+        raise wrong_kind(f"{where}, {text}", "text", content)
+    _check_unicode(content, where)
+    message = {"role": role, "content": content}
+    return {**rest, **message} if key == "role" else message
+
+
+def _joined(content: Any) -> Any:
+    """OpenAI's list of text parts as one text; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [p.get("text") for p in content if isinstance(p, Mapping) and p.get("type") == "text"]
+    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
+        return content
+    return "".join(map(str, texts))
 
 
 def with_system(messages: list[Message], row: Row, options: SftOptions) -> list[Message]:

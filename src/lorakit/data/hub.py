@@ -1,15 +1,17 @@
-"""Rows from the Hugging Face hub; a module of its own because `datasets` is slow to import."""
+"""Rows from the Hugging Face hub, or saved by `datasets`, which is slow to import."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import datasets.config
 import huggingface_hub
 
 from lorakit.data.rows import Origin, Rows, without_fillers
+from lorakit.data.sources import split_aliases
 from lorakit.errors import DataError
 
 DEFAULT_SPLIT = "train"
@@ -37,11 +39,62 @@ def load_hub_rows(name: str, split: str | None = None, limit: int | None = None)
         raise _hub_error(error, name, split) from error
     if not isinstance(table, datasets.Dataset):
         raise DataError("the hub returned no table", where=name, found=type(table).__name__)
+    return _rows_of(table, name, f"{name}[{split}]", limit)
+
+
+def load_saved_rows(
+    directory: Path, name: str, split: str | None = None, limit: int | None = None
+) -> Rows:
+    """The rows of a data set that `save_to_disk` wrote, or of one of its splits.
+
+    Args:
+        directory: where it is.
+        name: as the user gave it.
+        split: of a `DatasetDict`; "train" unless told, also by another usual name of it.
+        limit: take only the first rows.
+
+    Raises:
+        DataError: it cannot be read, or has no such split.
+    """
+    try:
+        saved = datasets.load_from_disk(str(directory))
+    except Exception as error:
+        # As from the hub: the errors of whatever lies below.
+        raise DataError(
+            "cannot read this saved data set",
+            where=name,
+            expected="a directory as save_to_disk of the datasets library writes it",
+            found=" ".join(str(error).split())[:300],
+            remedy="save it again, or save it as Parquet: dataset.to_parquet(...)",
+        ) from error
+    if isinstance(saved, datasets.Dataset):
+        if split is not None:
+            raise DataError(
+                "a saved data set of its own has no splits",
+                where=name,
+                found=f"split={split!r}",
+                remedy="leave split out, or save a DatasetDict",
+            )
+        return _rows_of(saved, name, name, limit)
+    aliases = split_aliases(split or DEFAULT_SPLIT)
+    chosen = next((alias for alias in aliases if alias in saved), None)
+    if chosen is None:
+        raise DataError(
+            f"no split {split or DEFAULT_SPLIT!r} in this saved data set",
+            where=name,
+            expected=" or ".join(aliases),
+            found=", ".join(map(str, saved)) or "no splits",
+            remedy="name the directory of one split",
+        )
+    return _rows_of(saved[chosen], name, f"{name}[{chosen}]", limit)
+
+
+def _rows_of(table: datasets.Dataset, name: str, place: str, limit: int | None) -> Rows:
     if limit is not None:
         table = table.select(range(min(limit, len(table))))
-    place = f"{name}[{split}] row"
     rows = [without_fillers(row) for row in table.to_list()]
-    return Rows(rows, [Origin(place, number) for number in range(1, len(rows) + 1)], name)
+    origins = [Origin(f"{place} row", number) for number in range(1, len(rows) + 1)]
+    return Rows(rows, origins, name)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ from lorakit.data.rows import Row
 from lorakit.errors import DataError
 
 CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
+# A table without types (csv) has its verdicts as text.
+_VERDICTS = {"true": True, "1": True, "false": False, "0": False}
 _PROMPTS = ("prompt", "messages", "conversations", "instruction")
 
 
@@ -99,12 +101,26 @@ def read_verdict(
         raise _missing(row, column, where)
     value = row[column]
     if desirable_from is not None:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return value >= desirable_from
+        rating = _as_number(value)
+        is_number = isinstance(rating, int | float) and not isinstance(rating, bool)
+        if is_number and math.isfinite(rating):
+            return rating >= desirable_from
         raise wrong_kind(f"{where}, column {column!r}", "a number, to be rated by", value)
+    if isinstance(value, str):
+        value = _VERDICTS.get(value.strip().lower(), value)
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
     raise wrong_kind(f"{where}, column {column!r}", "true or false", value)
+
+
+def _as_number(value: Any) -> Any:
+    """A number that a file without types (csv) gives as text; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _read_prompt(row: Row, role: str, options: SftOptions, where: str) -> Pair | list[Message]:
@@ -114,7 +130,7 @@ def _read_prompt(row: Row, role: str, options: SftOptions, where: str) -> Pair |
         return replace(read_alpaca(row, options, where), completion=None)
     if role == "prompt" and isinstance(value, str):
         return Pair(value, value, None, system_of(row, options))
-    messages = read_messages(value, f"{where}, column {column!r}", True)
+    messages = read_messages(value, f"{where}, column {column!r}")
     return with_system(messages, row, options)
 
 
@@ -125,11 +141,22 @@ def _answered(
         if isinstance(answer, str):
             return replace(prompt, completion=answer)
         turns = _turns(answer, where)
-        if len(turns) > 1:  # the whole conversation, prompt included
+        if _is_whole(turns):  # the whole conversation, prompt included
             return Dialogue(with_system(turns, row, options))
         first: Message = {"role": "user", "content": prompt.prompt}
         return Dialogue(with_system([first, *turns], row, options))
-    return Dialogue([*prompt, *_turns(answer, where)], first_learned=len(prompt))
+    turns = _turns(answer, where)
+    if _is_whole(turns):
+        turns = with_system(turns, row, options)
+        if turns[: len(prompt)] != prompt:
+            raise wrong_kind(where, "an answer, or the prompt's turns and an answer", answer)
+        return Dialogue(turns, first_learned=len(prompt))
+    return Dialogue([*prompt, *turns], first_learned=len(prompt))
+
+
+def _is_whole(turns: list[Message]) -> bool:
+    """Whether turns are a conversation from its beginning, and not an answer (with its tools)."""
+    return turns[0]["role"] in ("system", "developer", "user")
 
 
 def _implicit_prompt(row: Row, options: SftOptions, where: str) -> tuple[Content, Content]:
@@ -160,7 +187,7 @@ def _turns(answer: Any, where: str) -> list[Message]:
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
     items = [answer] if isinstance(answer, Mapping) else answer
-    turns = read_messages(items, where, True)
+    turns = read_messages(items, where)
     if turns[-1]["role"] != "assistant":
         raise wrong_kind(where, "an answer: an assistant's turn at the end", turns[-1]["role"])
     return turns

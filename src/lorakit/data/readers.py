@@ -253,7 +253,9 @@ def _read_separated(path: Path, delimiter: str) -> Iterator[tuple[Origin, Row]]:
 
 
 def _check_header(header: list[str], path: Path) -> None:
-    if any(not name.strip() for name in header) or len(set(header)) < len(header):
+    # A first column without a name is an index, as pandas writes it; it plays no role.
+    named = header[1:] or header
+    if not all(name.strip() for name in named) or len(set(header)) < len(header):
         raise DataError(
             "the header line does not name every column once",
             where=f"{path}, line 1",

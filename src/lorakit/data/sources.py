@@ -27,7 +27,8 @@ def load_rows(
 
     Args:
         source: a .jsonl, .json, .csv, .tsv (each also .gz) or .parquet file; a directory of such
-            files; a hub id, "owner/name" or "owner/name:config"; or a list of dicts.
+            files, or one that `datasets` saved (`save_to_disk`); a hub id, "owner/name" or
+            "owner/name:config"; or a list of dicts.
         split: "train", "validation", "test" or another name, for a directory or a hub id. A
             directory whose files are named by split gives "train" unless told.
         limit: take only the first rows.
@@ -69,6 +70,9 @@ def _from_list(source: list[Row], split: str | None) -> Rows:
 
 def _from_name(source: str | Path, split: str | None, limit: int | None) -> Rows:
     path = Path(source).expanduser()
+    if _is_saved(path):
+        hub = importlib.import_module("lorakit.data.hub")
+        return hub.load_saved_rows(path, str(source), split, limit)
     if path.is_dir():
         files = _files_of(path, split)
         return _read(files, str(source), limit)
@@ -80,6 +84,12 @@ def _from_name(source: str | Path, split: str | None, limit: int | None) -> Rows
         raise _missing(path)
     hub = importlib.import_module("lorakit.data.hub")
     return hub.load_hub_rows(source, split, limit)
+
+
+def _is_saved(directory: Path) -> bool:
+    """Whether `save_to_disk` of the datasets library wrote it: one data set, or one per split."""
+    one = (directory / "state.json").is_file() and (directory / "dataset_info.json").is_file()
+    return one or (directory / "dataset_dict.json").is_file()
 
 
 def _read(files: list[Path], source: str, limit: int | None) -> Rows:
@@ -126,7 +136,7 @@ def _files_of(directory: Path, split: str | None) -> list[Path]:
         if not any(splits.values()):
             return files
         split = "train"
-    aliases = next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
+    aliases = split_aliases(split)
     chosen = [file for file in files if _stem_is(file, aliases)]
     if not chosen:
         raise DataError(
@@ -137,6 +147,11 @@ def _files_of(directory: Path, split: str | None) -> list[Path]:
             remedy="name the split (split=...) or the file itself",
         )
     return chosen
+
+
+def split_aliases(split: str) -> tuple[str, ...]:
+    """The usual names of a split, itself included."""
+    return next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
 
 
 def _split_of(file: Path) -> str | None:

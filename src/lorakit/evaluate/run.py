@@ -22,7 +22,7 @@ from lorakit.evaluate.likelihood import answer_nll, best_choices, perplexity_of
 from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.scoring import SCORERS
 from lorakit.evaluate.tasks import Choices, Question, build_choices, build_questions
-from lorakit.models.label_head import require_head
+from lorakit.models.causal import require_causal
 
 # What a system is: an adapter's name on the model, None for the base alone, or what switches the
 # model over for a block.
@@ -176,13 +176,15 @@ def evaluate(
 
     Raises:
         DataError: no rows, a row that lacks what a metric needs, a prompt that does not fit.
-        ModelError: the model has no language-modelling head, which every metric needs.
+        ModelError: the model has no language-modelling head, which every metric needs, or sees the
+            answers that it is to score.
         StateError: an adapter that is not attached.
     """
     systems = {"base": None} if systems is None else systems
     if not systems:
         raise DataError("there is no system to evaluate", expected="at least one")
-    require_head(model)
+    scores = options.needs("likelihood") or options.needs("choices")
+    require_causal(model, or_seq2seq=not scores)
     for adapter in systems.values():
         with _using(model, adapter):  # refuses an unknown name now, not after the others have run
             pass

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.encode import Example
-from lorakit.data.formats import detect_format
+from lorakit.data.formats import detect_format, is_answer
 from lorakit.data.options import SftOptions
 from lorakit.data.rows import Origin, Row, Rows
 from lorakit.data.sft import build_examples, reference_text, render_prompt
@@ -136,14 +136,13 @@ def with_answer(row: Row, text: str, options: SftOptions, *, where: str) -> Row:
     column = options.column(kind)
     turns = list(row[column])
     turn = {"role": "assistant", "content": text}
-    if kind == "conversations" and "value" in turns[-1]:
+    if "value" in turns[-1]:
         turn = {"from": "gpt", "value": text}
     return {**row, column: [*_without_answer(turns), turn]}
 
 
 def _without_answer(turns: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    answered = turns[-1].get("role", turns[-1].get("from")) in ("assistant", "gpt", "chatgpt")
-    return list(turns[:-1] if answered else turns)
+    return list(turns[:-1] if is_answer(turns[-1]) else turns)
 
 
 def _question(

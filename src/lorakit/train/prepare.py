@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lorakit.data.rows import Rows
 from lorakit.data.sources import load_rows
 from lorakit.environment import default_device, supports_bf16
 from lorakit.errors import (
+    ConfigError,
     DataError,
     LorakitWarning,
     SpecError,
@@ -332,6 +334,7 @@ def read_rows(config: TrainConfig) -> tuple[Rows, Rows | None]:
 
     Raises:
         DataError: rows that are missing, broken, empty, or too few to hold some out.
+        ConfigError: one file for both.
     """
     options = config.data
     train_rows = load_rows(options.train)
@@ -339,6 +342,14 @@ def read_rows(config: TrainConfig) -> tuple[Rows, Rows | None]:
     if options.validation is not None:
         # A directory or hub id that is named twice has one split for each.
         split = "validation" if options.validation == options.train else None
+        if split is not None and Path(options.train).is_file():
+            raise ConfigError(
+                "the validation rows are the training rows",
+                where="data.validation",
+                expected="rows that are not trained on",
+                found=options.train,
+                remedy="hold some out with data.validation_share: 0.1, or name another file",
+            )
         validation_rows = load_rows(options.validation, split=split)
     elif options.validation_share is not None:
         train_rows, validation_rows = _hold_out(train_rows, options.validation_share, config.seed)

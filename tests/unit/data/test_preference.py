@@ -100,6 +100,40 @@ def test_verdicts_and_pairs_become_single_answers(tokenizer: PreTrainedTokenizer
     assert (both.report.num_desirable, both.report.num_undesirable) == (1, 1)
 
 
+def test_verdicts_of_a_table_without_types_are_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ("True", "false", "1", " 0 ", "FALSE")
+    rows = [{"prompt": "w1", "completion": "w3", "label": text} for text in texts]
+    found = build(tokenizer, *rows, paired=False)
+    verdicts = [example.answers[0].desirable for example in found]
+    assert verdicts == [True, False, True, False, False]
+
+
+def test_an_answer_of_several_turns_stays_behind_its_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    call, result = {"role": "assistant", "content": "w8"}, {"role": "tool", "content": "w9"}
+    for prompt in ("w1 w2", [USER]):
+        row = {"prompt": prompt, "chosen": [call, result, GOOD], "rejected": [BAD]}
+        [pair] = build(tokenizer, row)
+        before, answer = parts(tokenizer, pair.answers[0].example)
+        assert before == ("<user> w1 w2 <end> <assistant> w8 <end> <unk> w9 <end> <assistant>")
+        assert answer == "w3 w4 <end> </s>"
+
+
+def test_a_prompt_of_turns_is_not_said_twice_before_whole_conversations(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    row = {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    [whole] = build(tokenizer, row)
+    [parted] = build(tokenizer, SAME_PAIR["turns"])
+    assert [a.example.input_ids for a in whole.answers] == [
+        a.example.input_ids for a in parted.answers
+    ]
+    other = {"role": "user", "content": "w7"}
+    with pytest.raises(DataError, match="the prompt's turns and an answer"):
+        build(tokenizer, row | {"chosen": [other, GOOD]})
+
+
 def test_same_answers_are_left_out_and_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     found = build(tokenizer, SAME_PAIR["texts"], {"prompt": "w1", "chosen": "w2", "rejected": "w2"})
     assert len(found) == 1
@@ -143,7 +177,9 @@ def test_ratings_are_cut_at_a_number(tokenizer: PreTrainedTokenizerFast) -> None
         return [example.answers[0].desirable for example in found]
 
     assert rated(*rows, desirable_from=3.5) == [False, False, True, True]
-    for value in (True, "5", None, float("nan")):
+    table = [{"prompt": "w1", "completion": "w2", "label": text} for text in ("5", "1.5")]
+    assert rated(*table, desirable_from=2) == [True, False]
+    for value in (True, "five", "nan", None, float("nan")):
         with pytest.raises(DataError, match="a number"):
             rated({"prompt": "w1", "completion": "w2", "label": value}, desirable_from=2)
     with pytest.raises(DataError, match="pairs have no ratings"):

@@ -403,11 +403,13 @@ def test_columns_that_fit_no_format():
         ({"messages": []}, "column 'messages'", "at least one"),
         ({"messages": "hello"}, "column 'messages'", "a list of messages"),
         ({"messages": ["hello"]}, "message 1", '"role" and "content"'),
-        ({"messages": [{"role": "human", "content": "x"}]}, "message 1, role", "one of system"),
+        ({"messages": [{"role": "elf", "content": "x"}]}, "message 1, role", "one of system"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content", "text"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1, content", "text"),
         ({"messages": [{"role": "user"}]}, "message 1, content", "text"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1, from", "human"),
         ({"conversations": [{"from": "human"}]}, "message 1", '"from" and "value"'),
+        ({"messages": [{"from": "human"}]}, "message 1", '"from" and "value"'),
         ({"conversations": [{"from": "human", "value": 3}]}, "message 1, value", "3"),
         ({"text": 3}, "column 'text'", "3"),
         ({"instruction": "a", "input": 3, "output": "b"}, "column 'input'", "3"),
@@ -415,6 +417,27 @@ def test_columns_that_fit_no_format():
 )
 def test_values_of_the_wrong_kind(row, where, part):
     refuses([row], "wrong kind", "row 1, column", where, part)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [{"role": "Human", "content": "a"}, {"role": "GPT", "content": "b"}]},
+        {"conversations": [{"role": "user", "content": "a"}, {"from": "Assistant", "value": "b"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {"role": "model", "content": [{"type": "text", "text": "b"}]},
+            ]
+        },
+    ],
+)
+def test_speakers_and_texts_have_one_meaning_in_every_notation(row):
+    wanted = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokenizer = make_tokenizer(CHATML)
+    one, other = (build_examples(load_rows([r]), tokenizer) for r in (row, {"messages": wanted}))
+    assert (one[0].input_ids, one[0].labels) == (other[0].input_ids, other[0].labels)
 
 
 def test_half_an_emoji():

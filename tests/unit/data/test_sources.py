@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -311,3 +312,28 @@ def test_a_link_to_itself(tmp_path):
     path = tmp_path / "d.jsonl"
     path.symlink_to(path)
     fails(path, "no such data file")
+
+
+def test_an_index_column_without_a_name_is_taken_along(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text(",prompt,completion\n0,question 0,answer 0\n1,question 1,answer 1\n")
+    rows = load_rows(path)
+    assert [row["completion"] for row in rows] == ["answer 0", "answer 1"]
+
+
+def test_a_data_set_that_was_saved_to_disk(tmp_path):
+    one = tmp_path / "one"
+    table = datasets.Dataset.from_list(ROWS)
+    table.select([3, 1]).save_to_disk(one)
+    rows = load_rows(one)
+    assert list(rows) == [ROWS[3], ROWS[1]]
+    assert rows.origin(1) == f"{one} row 2"
+    fails(one, "no splits", "train", split="train")
+
+    several = tmp_path / "several"
+    datasets.DatasetDict(train=table, dev=table.select([2])).save_to_disk(several)
+    assert list(load_rows(str(several), limit=2)) == ROWS[:2]
+    assert list(load_rows(several, split="validation")) == [ROWS[2]]
+    fails(several, "no split 'test'", "train, dev", split="test")
+    (one / "dataset_info.json").write_text("{")
+    fails(one, "cannot read this saved data set", "one")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import tiny_models
 from lorakit.adapters.attach import active_adapter, attach
 from lorakit.adapters.spec import LoraSpec
 from lorakit.data.options import SftOptions
@@ -229,3 +230,10 @@ def test_an_encoder_is_refused_before_anything_is_read(tokenizer, metric) -> Non
     # An empty data set would be the first complaint otherwise.
     with pytest.raises(ModelError, match="no language-modelling head"):
         evaluate(model, tokenizer, Rows([], [], "none.jsonl"), EvalOptions(metrics=(metric,)))
+
+
+def test_a_model_that_reads_its_answer_is_not_scored_by_likelihood(rows, tokenizer) -> None:
+    for model in (tiny_models.t5(), tiny_models.masked_lm()):
+        for metric in ("perplexity", "choice"):
+            with pytest.raises(ModelError, match="reads what it should predict"):
+                evaluate(model, tokenizer, rows, EvalOptions(metrics=(metric,), sft=PLAIN))

@@ -237,6 +237,11 @@ def test_the_answer_must_be_among_the_choices(tokenizer) -> None:
             "conversations",
             [{"from": "human", "value": "p"}, {"from": "gpt", "value": "x"}],
         ),
+        (
+            {"conversations": [{"from": "Human", "value": "p"}, {"from": "bot", "value": "c"}]},
+            "conversations",
+            [{"from": "Human", "value": "p"}, {"from": "gpt", "value": "x"}],
+        ),
     ],
 )
 def test_with_answer_in_every_format(row, column, expected) -> None:

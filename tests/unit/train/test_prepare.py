@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import tiny_models
 import tiny_runs
-from lorakit.errors import ModelError, TargetError
+from lorakit.errors import ConfigError, ModelError, TargetError
 from lorakit.train.config import TrainConfig
 from lorakit.train.prepare import prepare
 from lorakit.train.run import train
@@ -44,6 +45,25 @@ def test_an_encoder_without_a_head_is_refused_first_and_nothing_is_left(encoder)
     assert "BertModel" in (caught.value.where or "")
     assert caught.value.exit_code == 2
     assert not (encoder / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("sees_all", [tiny_models.t5, tiny_models.masked_lm])
+def test_a_model_that_reads_the_answer_it_should_predict_is_refused(directory, task, sees_all):
+    sees_all(70).save_pretrained(directory / "model")
+    values = tiny_runs.values(directory) | {"task": task}
+    if task == "grpo":
+        values["grpo"] = {"reward": "exact_match"}
+    with pytest.raises(ModelError, match="reads what it should predict") as caught:
+        prepare(TrainConfig.from_dict(values))
+    assert caught.value.exit_code == 2
+
+
+def test_one_file_for_training_and_validation_is_refused(directory):
+    values = tiny_runs.values(directory)
+    values["data"]["validation"] = values["data"]["train"]
+    with pytest.raises(ConfigError, match="the validation rows are the training rows"):
+        prepare(TrainConfig.from_dict(values))
 
 
 @pytest.mark.parametrize(

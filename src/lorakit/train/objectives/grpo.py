@@ -20,8 +20,8 @@ from lorakit.data.rows import Rows
 from lorakit.errors import DataError
 from lorakit.evaluate.rewards import Asked, Rewards
 from lorakit.methods.base import Method
+from lorakit.models.causal import require_causal
 from lorakit.models.empty import empty_model
-from lorakit.models.label_head import require_head
 from lorakit.models.sampling import require_sampling
 from lorakit.train.beginning import read_reference
 from lorakit.train.config import TrainConfig
@@ -121,7 +121,7 @@ class GrpoObjective:
     def empty_model(self) -> PreTrainedModel:
         """The base as it is; answers can be sampled from it."""
         base = empty_model(self._config.model.ref)
-        require_head(base)
+        require_causal(base)
         require_sampling(base)
         if self._reference is not None:
             plan_binding(base, self._reference)

@@ -15,8 +15,8 @@ from lorakit.data.collate import PreferenceCollator
 from lorakit.data.preference import Judged, PreferenceExamples, build_preferences
 from lorakit.data.rows import Rows
 from lorakit.methods.base import Method
+from lorakit.models.causal import require_causal
 from lorakit.models.empty import empty_model
-from lorakit.models.label_head import require_head
 from lorakit.train.beginning import BASE, read_reference
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet
@@ -57,7 +57,7 @@ class PreferenceObjective:
     def empty_model(self) -> PreTrainedModel:
         """The base as it is; the reference would bind to it."""
         base = empty_model(self._config.model.ref)
-        require_head(base)
+        require_causal(base)
         if self._reference.adapter is not None:
             plan_binding(base, self._reference.adapter)
         return base

@@ -15,8 +15,9 @@ from lorakit.data.encode import IGNORED
 from lorakit.data.rows import Rows
 from lorakit.data.sft import Examples, build_examples
 from lorakit.methods.base import Method
+from lorakit.models.causal import require_causal
 from lorakit.models.empty import empty_model
-from lorakit.models.label_head import LabelHead, require_head
+from lorakit.models.label_head import LabelHead
 from lorakit.models.loss_share import LossShare
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import LOSS, ExampleSet, Inputs, Validated
@@ -45,7 +46,7 @@ class SftObjective:
     def empty_model(self) -> PreTrainedModel:
         """The base as it is."""
         base = empty_model(self._config.model.ref)
-        require_head(base)
+        require_causal(base)
         return base
 
     def load_model(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
