@@ -119,7 +119,9 @@ def _decoder(
 ) -> Callable[[], None]:
     """Steps of 8 rows behind a context of their own."""
     model = sharing(bench.model)
-    batch = PackedBatch(ServedModel(model), model, max_rows=NUM_ROWS, chunk=512)
+    served = ServedModel(model)
+    served.prepack()
+    batch = PackedBatch(served, model, max_rows=NUM_ROWS, chunk=512)
     for i, adapter in enumerate(adapters):
         batch.add(_row(bench.tokenizer, bench.prompt(CONTEXT, i), f"r{i}", adapter))
     steps = 0
@@ -144,6 +146,7 @@ def _decoder(
 def _prefiller(bench: Bench, adapters: list[ServedAdapter | None]) -> Callable[[], None]:
     model = sharing(bench.model)
     served = ServedModel(model)
+    served.prepack()
 
     def step() -> None:
         batch = PackedBatch(served, model, max_rows=NUM_ROWS, chunk=512)

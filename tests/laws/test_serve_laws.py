@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+)
 
 import tiny_models
 from lorakit.adapters.adapter import Adapter
@@ -43,6 +48,8 @@ CONTINUOUS: dict[str, list[dict]] = {
     "opt": [{"targets": "all-linear", "r": 3}, {"targets": ("q_proj",), "bias": "lora_only"}],
     "qwen3": [{"targets": "all-linear", "r": 3, "alpha": 4.0}],
     "gpt_neox": [{"targets": "qv", "r": 3, "alpha": 4.0}],
+    # A layer of its head sees the positions that are asked for, as the output layer does.
+    "modernbert": [{"targets": "all-linear", "r": 3}, {"targets": r".*lm_head\.dense", "r": 2}],
 }
 STATIC = {
     "bloom": [{"targets": "qv", "r": 3}, {"targets": "all-linear", "r": 2}],
@@ -53,6 +60,10 @@ STATIC = {
 
 
 def build(name: str) -> torch.nn.Module:
+    if name == "modernbert":
+        sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+        depth = {"num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.3}
+        return ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes, **depth)).eval()
     if name != "mamba":
         return tiny_models.build(name)
     config = MambaConfig(

@@ -70,6 +70,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="load the weights as this; by default float32 on a CPU, bfloat16 on CUDA",
     )
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
+    add(
+        "--no-prepack",
+        action="store_true",
+        help="on a CPU: no second copy of the large weights for faster steps; half the memory",
+    )
     add("--any-base", action="store_true", help="accept adapters trained on another base")
 
 
@@ -150,6 +155,7 @@ def _settings(args: argparse.Namespace, server: ModuleType) -> ServeSettings:
             max_adapters_device=args.max_adapters_device,
             max_rank=args.max_rank,
             any_base=args.any_base,
+            prepack=not args.no_prepack,
         ),
         pinned=tuple(args.pin),
         listen=server.ListenOptions(

@@ -164,12 +164,14 @@ class TokenRouting:
         flat_x = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])
         each = self._positions(flat_x.shape[0], name)
         for part in self.groups:
-            n, entries = part.stop - part.start, slice(part.start * each, part.stop * each)
+            n, start, stop = part.stop - part.start, part.start * each, part.stop * each
+            # Nearly always one group is the whole batch: nothing to cut out, at every layer.
+            whole = start == 0 and stop == flat_x.shape[0]
+            its_x = flat_x if whole else flat_x[start:stop]
+            its_y = flat_y if whole else flat_y[start:stop]
             shape = (n, each)
             part.segment.add(
-                name,
-                flat_x[entries].view(shape if ids else (*shape, -1)),
-                flat_y[entries].view(*shape, -1),
+                name, its_x.view(shape if ids else (*shape, -1)), its_y.view(*shape, -1)
             )
         for part in self.segments:
             entries = slice(part.start, part.stop)

@@ -94,6 +94,8 @@ class Engine:
             on_ready=self._news.set,
             closed=layers_out_of_order(model),
         )
+        if options.prepack:
+            self._served.prepack()
         self._batch = self._new_batch(1 if fitness.alone else options.max_batch)
         self._queue = FairQueue()
         self._lock = Condition()  # guards what follows; notified when a row ends

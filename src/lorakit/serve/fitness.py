@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
+from lorakit.models.generation import own_settings_aside
 from lorakit.serve.kv_cache import PromptCache, RowCache, bucket_size
 from lorakit.serve.packed import PackedStep, Piece, packed_logits, packed_mode
+from lorakit.serve.padded import generate_padded
 
+_log = logging.getLogger("lorakit.serve")
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Their angles depend on the longest row of the batch, so rows must not share one.
 _LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
@@ -36,7 +40,8 @@ class Fitness:
 def fitness_of(model: PreTrainedModel) -> Fitness:
     """Look at the architecture, and try two prompts in packed steps against the model itself.
 
-    Takes a few forward passes of short prompts; changes nothing.
+    Where static batches are left, two prompts in one are tried against each by itself. Takes a few
+    forward passes of short prompts; changes nothing.
     """
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -45,7 +50,10 @@ def fitness_of(model: PreTrainedModel) -> Fitness:
     if kinds & _LENGTH_DEPENDENT:
         return Fitness("its positions depend on the longest row of a batch", alone=True)
     reason = _declared_reason(model)
-    return Fitness(reason if reason is not None else _tried_reason(model))
+    reason = reason if reason is not None else _tried_reason(model)
+    if reason is not None and _padding_is_seen(model):
+        return Fitness(f"{reason}; padding changes its answers", alone=True)
+    return Fitness(reason)
 
 
 def _declared_reason(model: PreTrainedModel) -> str | None:
@@ -87,6 +95,54 @@ def _tried_reason(model: PreTrainedModel) -> str | None:
     if not off <= tolerance:
         return f"a packed batch gives other logits: off by {off:.2g} of their spread"
     return None
+
+
+def _padding_is_seen(model: PreTrainedModel) -> bool:
+    """Whether a prompt in a padded batch gives another first or second token than by itself.
+
+    A decoder that counts positions from the left edge does, and a state that padding runs through.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    long, short = (
+        torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (9, 4)
+    )
+    try:
+        with torch.inference_mode(), own_settings_aside(model):
+            expected = [_first_logits(model, [ids]) for ids in (long, short)]
+            found = _first_logits(model, [long, short])
+    except Exception:
+        # It does not run so, or not at all: its requests will say why, and to each its own.
+        _log.exception("%s could not be tried in a padded batch", type(model).__name__)
+        return True
+    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    return any(_apart(found[:, i], alone[:, 0], tolerance) for i, alone in enumerate(expected))
+
+
+def _apart(found: Tensor, alone: Tensor, tolerance: float) -> bool:
+    """Whether logits differ by more than a share of their spread; forced ones are infinite."""
+    off = torch.where(found == alone, 0.0, found - alone).abs().max()
+    return not float(off / alone[alone.isfinite()].std()) <= tolerance
+
+
+def _first_logits(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
+    """(2, rows, vocabulary): the logits of the first two tokens; token 0 is taken as the first."""
+    seen = _Seen()
+    generate_padded(model, prompts, pad_id=0, max_new_tokens=2, follower=seen)
+    return torch.stack(seen.logits)
+
+
+class _Seen(LogitsProcessor):
+    """Keeps the logits, and leaves generation token 0."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores.float().clone())
+        forced = torch.full_like(scores, float("-inf"))
+        forced[:, 0] = 0.0
+        return forced
 
 
 def _own_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:

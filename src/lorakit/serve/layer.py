@@ -14,6 +14,7 @@ from lorakit.adapters.targets import base_modules
 from lorakit.errors import StateError
 from lorakit.layers.adapted import Wrapper
 from lorakit.layers.routing import Routing, TokenRouting
+from lorakit.serve.prepack import Prepacked
 
 
 @dataclass
@@ -46,7 +47,7 @@ class ServedLayer(Wrapper):
         Args:
             x: what the base takes; its leading axes hold the batch's entries in order.
         """
-        routing = self.served.head if self.is_head else self.served.body
+        routing = self._routing_of(x)
         if routing.empty:
             return self.base(x)
         padded_rows = len(routing.order) if routing.num_entries is None else 0
@@ -55,12 +56,22 @@ class ServedLayer(Wrapper):
             x = x.expand(padded_rows, *x.shape[1:])
         return routing.add(self.name, x, self.base(x), ids=self.is_lookup)
 
+    def _routing_of(self, x: Tensor) -> TokenRouting:
+        """The head's where this is the head, or a layer beside it that sees what the head sees."""
+        body, head = self.served.body, self.served.head
+        if self.is_head:
+            return head
+        if body.num_entries is None or body.num_entries == head.num_entries:
+            return body
+        num_entries = x.numel() if self.is_lookup else x.numel() // x.shape[-1]
+        return head if num_entries == head.num_entries else body
+
 
 class ServedModel:
     """A base whose layers are wrapped when the first adapter needs them.
 
     Args:
-        model: a base with nothing attached; mutated by `wrap`, given back by `unwrap`.
+        model: a base with nothing attached; changed by `wrap` and `prepack` until `unwrap`.
 
     Attributes:
         routing: which factors belong to which entries, set for every forward pass.
@@ -81,6 +92,12 @@ class ServedModel:
         self._modules = base_modules(model)
         self._places = places(outer_modules(model))
         self._wrapped: dict[str, ServedLayer] = {}
+        self._prepacked: Prepacked | None = None
+
+    def prepack(self) -> None:
+        """Compute large layers from copies of their weights until `unwrap`: see `Prepacked`."""
+        if self._prepacked is None:
+            self._prepacked = Prepacked(self.model)
 
     def wrap(self, names: Iterable[str]) -> None:
         """Wrap the layers that are not wrapped yet; not while a forward pass runs."""
@@ -96,11 +113,14 @@ class ServedModel:
                 setattr(parent, attribute, layer)
 
     def unwrap(self) -> None:
-        """Put the very modules back that were there before."""
+        """Put the very modules back that were there before, and let copies of weights go."""
         for layer in self._wrapped.values():
             for parent, attribute in self._places[id(layer.base)]:
                 setattr(parent, attribute, layer.base)
         self._wrapped = {}
+        if self._prepacked is not None:
+            self._prepacked.undo()
+            self._prepacked = None
 
     @contextmanager
     def routed(self, body: TokenRouting, head: TokenRouting) -> Iterator[None]:

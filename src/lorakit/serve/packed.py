@@ -24,8 +24,17 @@ from lorakit.errors import ServeError
 from lorakit.serve.kv_cache import Bucket, PromptCache, RowCache, window_mask
 
 ATTENTION = "lorakit_packed"
+# What the model hands down to every layer, and means nothing to attention.
 _KNOWN = frozenset(
-    {"position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"}
+    {
+        "position_ids",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "cache_position",
+    }
 )
 
 

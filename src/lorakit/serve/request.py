@@ -209,6 +209,8 @@ class EngineOptions:
         max_adapters_device: adapters kept on the model's device, where that is not the CPU.
         max_rank: adapters of a higher rank (parts of a fused layer added up) are refused.
         any_base: serve adapters whose passport names another base.
+        prepack: on a CPU, keep a second copy of the large weights in the layout that products of a
+            few rows are fast in, if memory is there for it.
     """
 
     max_batch: int = 16
@@ -220,6 +222,7 @@ class EngineOptions:
     max_adapters_device: int = 32
     max_rank: int = 512
     any_base: bool = False
+    prepack: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,19 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from lorakit.models.generation import contiguous_head, own_settings_aside
 from lorakit.serve.bank import Bank
 from lorakit.serve.batches import Deliver
 from lorakit.serve.layer import ServedModel
+from lorakit.serve.padded import generate_padded
 from lorakit.serve.row import Row
 from lorakit.serve.sampler import choose
 
@@ -81,39 +75,21 @@ class StaticBatch:
         """Answer all rows to their end."""
         routing = self._bank.arrange([(row.id, row.served) for row in self._live.values()])
         rows = [self._live[name] for name in routing.order]
-        ids, mask = self._padded(rows)
         follower = _Follower(rows, self._live, deliver, self._poll)
-        settings = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            max_new_tokens=max(row.limit for row in rows),
-            pad_token_id=self._pad_id,
-        )
         self._under_way = True
         try:
             with self._served.routed(routing, routing), contiguous_head(self._model):
-                self._model.generate(  # pyright: ignore[reportCallIssue]
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([follower]),
-                    stopping_criteria=StoppingCriteriaList([_AllDone(rows, self._live)]),
+                generate_padded(
+                    self._model,
+                    [row.prompt for row in rows],
+                    pad_id=self._pad_id,
+                    max_new_tokens=max(row.limit for row in rows),
+                    follower=follower,
+                    ends=_AllDone(rows, self._live),
                 )
         finally:
             self._under_way = False
             self._bank.clear()
-
-    def _padded(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        width = max(len(row.prompt) for row in rows)
-        ids = torch.full((len(rows), width), self._pad_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            # A decoder continues from the right edge; an encoder counts from the left one.
-            left = 0 if self._model.config.is_encoder_decoder else width - len(row.prompt)
-            ids[i, left : left + len(row.prompt)] = torch.tensor(row.prompt)
-            mask[i, left : left + len(row.prompt)] = 1
-        return ids.to(self._model.device), mask.to(self._model.device)
 
 
 class _Follower(LogitsProcessor):

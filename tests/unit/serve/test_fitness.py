@@ -1,11 +1,29 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import tiny_models
-from lorakit.serve.fitness import fitness_of
+from lorakit.serve.fitness import Fitness, fitness_of
 from lorakit.serve.packed import _Scores
+from serving import ask, assert_same, prompts, running
+
+BART = {
+    "vocab_size": 128,
+    "d_model": 32,
+    "decoder_layers": 2,
+    "decoder_ffn_dim": 48,
+    "decoder_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "init_std": 0.3,
+}
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma3_text"])
@@ -16,6 +34,11 @@ def test_fit_for_continuous_batches(name: str) -> None:
     assert model.config._attn_implementation == attention
 
 
+def test_a_mixture_of_experts_is_fit_for_continuous_batches() -> None:
+    """Its layers are told whether to return the router's logits: nothing to attention."""
+    assert fitness_of(tiny_models.seeded(tiny_models.qwen3_moe, seed=5)) == Fitness(None)
+
+
 @pytest.mark.parametrize(
     ("name", "word"), [("bloom", "own"), ("falcon", "own"), ("t5", "encoder-decoder")]
 )
@@ -24,6 +47,20 @@ def test_static_for_a_reason(name: str, word: str) -> None:
     assert found.static_reason is not None
     assert word in found.static_reason
     assert not found.alone
+
+
+def test_a_decoder_whose_positions_count_padding_runs_alone() -> None:
+    """BART's decoder by itself counts from the left edge of the batch, whatever the mask says."""
+    model = tiny_models.seeded(lambda: BartForCausalLM(BartConfig(**BART)), seed=1).eval()
+    found = fitness_of(model)
+    assert found.alone
+    assert "padding changes its answers" in str(found.static_reason)
+    given = prompts([9, 3, 14])
+    with running(model) as engine:
+        alone = [ask(engine, p, max_tokens=5, logprobs=0, ignore_eos=True).wait() for p in given]
+        both = [ask(engine, p, max_tokens=5, logprobs=0, ignore_eos=True) for p in given]
+        for one, other in zip(alone, both, strict=True):
+            assert_same(one, other.wait())
 
 
 def test_state_space_models_are_static() -> None:
