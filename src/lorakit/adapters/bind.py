@@ -22,7 +22,7 @@ from lorakit.adapters.identity import require_same_base
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
-from lorakit.adapters.targets import base_modules
+from lorakit.adapters.targets import base_modules, input_embedding
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
@@ -191,13 +191,40 @@ def _binding_error(
         else f"{len(problems)} tensors do not bind",
         where=type(model).__name__,
         found="\n".join(shown),
-        remedy="load the base this adapter was made for"
-        + (f" ({adapter.config['base_model_name_or_path']})" if _base_name(adapter) else ""),
+        remedy=_resized(model, adapter) or _other_head(adapter) or _its_base(adapter),
     )
 
 
-def _base_name(adapter: Adapter) -> str | None:
-    return adapter.config.get("base_model_name_or_path")
+def _its_base(adapter: Adapter) -> str:
+    name = adapter.config.get("base_model_name_or_path")
+    return "load the base this adapter was made for" + (f" ({name})" if name else "")
+
+
+def _other_head(adapter: Adapter) -> str | None:
+    """What to do where the adapter brings a head that a language model does not have."""
+    task = adapter.config.get("task_type")
+    if task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        return None
+    return f"{_its_base(adapter)}, with the head that its task_type {task} means"
+
+
+def _resized(model: nn.Module, adapter: Adapter) -> str | None:
+    """What to do where the adapter was trained after tokens were added to the vocabulary."""
+    found = input_embedding(model)
+    if found is None:
+        return None
+    name, embedding = found
+    factors, whole = adapter.factors.get(name), adapter.overrides.get(f"{name}.weight")
+    trained = whole.shape[0] if whole is not None else None
+    if trained is None and factors is not None:
+        trained = factors.A.shape[1]
+    if trained in (None, embedding.num_embeddings):
+        return None
+    return (
+        f"the adapter has a vocabulary of {trained} tokens, the base one of "
+        f"{embedding.num_embeddings}: model.resize_token_embeddings({trained}) before it is "
+        "loaded; for a command, save the resized base and name that one"
+    )
 
 
 def _site_for(

@@ -211,10 +211,7 @@ def _role(name: str) -> str | None:
 
 def _in_body(model: nn.Module, candidate: Candidate) -> bool:
     """Whether the layer belongs to the pretrained body: not the output head, not a task head."""
-    head = _call(model, "get_output_embeddings")
-    while isinstance(head, Wrapper):
-        head = head.base
-    if candidate.module is head:
+    if _around(_call(model, "get_output_embeddings"), candidate.module):
         return False
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or getattr(model, prefix, None) is None:
@@ -234,6 +231,21 @@ def _refuse_overlap(found: list[Candidate]) -> None:
                 found=", ".join(c.name for c in group),
                 remedy="name either the whole or its parts",
             )
+
+
+def input_embedding(model: nn.Module) -> tuple[str, nn.Embedding] | None:
+    """The look-up of the tokens and its name, where the model has one and says so."""
+    found = _call(model, "get_input_embeddings")
+    for name, module in base_modules(model).items():
+        if isinstance(module, nn.Embedding) and _around(found, module):
+            return name, module
+    return None
+
+
+def _around(wrapper: object, module: nn.Module) -> bool:
+    while isinstance(wrapper, Wrapper):
+        wrapper = wrapper.base
+    return wrapper is module
 
 
 def _call(model: nn.Module, method: str) -> Any:

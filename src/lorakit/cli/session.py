@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lorakit.cli.console import note
 from lorakit.data.task_facts import ClassifyTask, saved_task
 from lorakit.errors import AdapterFileError, RequestError
-from lorakit.formats.peft_config import CONFIG_NAME, read_config
+from lorakit.formats.peft_config import CONFIG_NAME, named_base, read_config
 from lorakit.methods.base import Method
 from lorakit.methods.files import read_saved
 from lorakit.methods.lora import LoraMethod
@@ -158,13 +158,4 @@ def base_of(adapter: str | None) -> str:
                 "the passport does not name its base", where=adapter, remedy="name it: --model REF"
             )
         return saved.base
-    file = Path(adapter) / CONFIG_NAME
-    config = read_config(Path(adapter))
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise AdapterFileError(
-            "the adapter does not name its base",
-            where=f"{file}, key base_model_name_or_path",
-            remedy="name it: --model REF",
-        )
-    return base
+    return named_base(read_config(Path(adapter)), Path(adapter) / CONFIG_NAME, "--model")

@@ -239,6 +239,14 @@ def _read(file: Path, arch: _Arch) -> tuple[float, dict[str, Tensor]]:
             expected="general.type adapter, adapter.type lora, adapter.lora.alpha",
             found=f"{kind[0]}, {kind[1]}",
         )
+    if gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS in facts:
+        raise AdapterFileError(
+            "an activated LoRA works only behind its invocation tokens, and would give other "
+            "results as an ordinary one",
+            where=str(file),
+            found=f"{gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS} "
+            f"{facts[gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS]}",
+        )
     found = facts.get(gguf.Keys.General.ARCHITECTURE)
     if found != expected:
         raise AdapterFileError(

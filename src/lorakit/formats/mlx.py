@@ -67,7 +67,7 @@ class MlxFormat:
                 expected="lora_a and lora_b" + (" and m of every update" if dora else ""),
                 found=", ".join(unknown[:6]) or f"{len(magnitudes)} of {len(pairs)} magnitudes",
             )
-        scale = float(config["lora_parameters"]["scale"])
+        scale = _scale(config, given, path / _CONFIG)
         names = Names(given.model)
         own = names.require(list(pairs), path / _TENSORS)
         factors: dict[str, Factors] = {}
@@ -176,6 +176,31 @@ def _as_dora(adapter: Adapter) -> Adapter:
     return Adapter(
         spec=spec, factors=adapter.factors, passport=adapter.passport, config=adapter.config
     )
+
+
+def _scale(config: Mapping[str, Any], given: Conversion, where: Path) -> float:
+    """The multiplier of the file.
+
+    Configurations of the years of `lora_layers` have an alpha beside the scale. mlx-lm multiplied
+    scale by alpha / rank then; today it reads the scale alone, and so it is for `num_layers`.
+
+    Raises:
+        RequestError: which of the two it was cannot be told, and is not given.
+    """
+    parameters = config["lora_parameters"]
+    scale, rank, alpha = (parameters.get(key) for key in ("scale", "rank", "alpha"))
+    numbers = all(isinstance(value, int | float) for value in (rank, alpha))
+    if given.alpha is not None and numbers and rank:
+        return given.alpha / rank
+    if "lora_layers" in config and numbers and alpha != rank:
+        raise RequestError(
+            "mlx-lm of the time of this file multiplied by scale alpha / rank, and today's "
+            "multiplies by scale: which one trained it cannot be told",
+            where=str(where),
+            found=f"scale {scale}, alpha {alpha}, rank {rank}",
+            remedy=f"--alpha {scale * alpha:g} (as it was then), or --alpha {scale * rank:g}",
+        )
+    return float(scale)
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:

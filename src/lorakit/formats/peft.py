@@ -11,13 +11,11 @@ of rows that no part owns is the base's own norm, so that PEFT leaves them as th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -43,13 +41,12 @@ from lorakit.formats.peft_parts import (
     stack_magnitudes,
     stack_parts,
 )
-
-TENSORS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<plain>[AB])(?:\.default)?\.weight"
-    r"|lora_embedding_(?P<embedding>[AB])(?:\.default)?"
-    r"|lora_(?P<magnitude>magnitude)_vector(?:\.default)?(?:\.weight)?)$"
+from lorakit.formats.peft_tensors import (
+    PREFIX,
+    TENSORS_NAME,
+    Pairs,
+    read_tensors,
+    sort_tensors,
 )
 
 
@@ -145,14 +142,14 @@ def _stored_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, tupl
         embedding = next(iter(sites.values())).kind == "embedding"
         for letter, value in (("A", A), ("B", B)):
             ending = f"lora_embedding_{letter}" if embedding else f"lora_{letter}.weight"
-            tensors[f"{_PREFIX}{module}.{ending}"] = value
+            tensors[f"{PREFIX}{module}.{ending}"] = value
         if adapter.spec.update == "dora":
             whole = stack_magnitudes(list(sites.values()), adapter.base_norms.get(module))
-            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = whole
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = whole
     for module, bias in adapter.biases.items():
-        tensors[f"{_PREFIX}{module}.base_layer.bias"] = bias
+        tensors[f"{PREFIX}{module}.base_layer.bias"] = bias
     for name, value in adapter.overrides.items():
-        tensors[f"{_PREFIX}{name}"] = value
+        tensors[f"{PREFIX}{name}"] = value
     return {name: value.contiguous() for name, value in sorted(tensors.items())}, stacked
 
 
@@ -180,7 +177,8 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
     stated = spec_from_config(config, path / CONFIG_NAME)
     spec = own_spec or stated
     tensors = read_tensors(path)
-    pairs, biases, overrides = _sort_keys(tensors, path)
+    found = sort_tensors(tensors, path)
+    pairs = found.pairs
     factors: dict[str, Factors] = {}
     problems: list[str] = []
     for module, pair in _in_order(pairs, records):
@@ -207,8 +205,8 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
     adapter = Adapter(
         spec=spec,
         factors=factors,
-        biases=biases,
-        overrides=overrides,
+        biases=found.biases,
+        overrides=found.overrides,
         passport=passport,
         base_norms=base_norms,
         base_weights=base_weights,
@@ -216,73 +214,6 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
         config=config,
     )
     return adapter, problems
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The adapter's tensors, from safetensors or from PEFT's older adapter_model.bin.
-
-    Raises:
-        AdapterFileError: no such file, or a corrupt, truncated or hostile one.
-    """
-    file = path / TENSORS_NAME
-    old = path / "adapter_model.bin"
-    try:
-        if file.is_file():
-            with safe_open(str(file), framework="pt") as handle:
-                return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-        if old.is_file():
-            return dict(torch.load(old, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged pickle raises whatever its reader stumbles over
-        raise AdapterFileError(
-            "the adapter's tensors cannot be read: the file is corrupt or truncated",
-            where=str(file if file.is_file() else old),
-            found=(str(error).splitlines() or [type(error).__name__])[0],
-            remedy="copy or train the adapter again",
-        ) from error
-    raise AdapterFileError(
-        "the adapter has no tensors", where=str(path), expected=TENSORS_NAME, found="no such file"
-    )
-
-
-Pairs = dict[str, dict[str, Tensor]]
-
-
-def _sort_keys(
-    tensors: Mapping[str, Tensor], path: Path
-) -> tuple[Pairs, dict[str, Tensor], dict[str, Tensor]]:
-    """Split the file's keys into factor pairs, biases of adapted modules, and the rest."""
-    pairs: Pairs = {}
-    biases: dict[str, Tensor] = {}
-    overrides: dict[str, Tensor] = {}
-    refused: list[str] = []
-    for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        if ".original_module." in name:
-            continue  # PEFT's copy of the base's own values, beside modules_to_save
-        found = _FACTOR.match(name)
-        if found:
-            letter = found["plain"] or found["embedding"] or found["magnitude"]
-            pair = pairs.setdefault(found["module"], {})
-            pair[letter] = value
-            if found["embedding"]:
-                pair["embedding"] = value
-        elif name.endswith(".base_layer.bias"):
-            biases[name.removesuffix(".base_layer.bias")] = value
-        elif name.endswith(".base_layer.weight"):
-            # PEFT also writes the frozen weight of an adapted embedding: a copy of the base's.
-            pairs.setdefault(name.removesuffix(".base_layer.weight"), {})["base"] = value
-        elif ".lora_" in name or key == name:
-            refused.append(key)
-        else:
-            overrides[name.replace(".modules_to_save.default.", ".")] = value
-    if refused:
-        raise AdapterFileError(
-            "the adapter has tensors that lorakit does not know",
-            where=str(path / TENSORS_NAME),
-            expected=f"{_PREFIX}<module>.lora_A.weight and lora_B.weight",
-            found=", ".join(refused[:8]) + (" ..." if len(refused) > 8 else ""),
-        )
-    return pairs, biases, overrides
 
 
 def _in_order(
@@ -303,6 +234,11 @@ def _whole_factors(
 ) -> Factors | str:
     """One module's update as the file has it, or what is wrong with it."""
     A, B = pair["A"], pair["B"]
+    if not A.numel() or not B.numel():
+        return (
+            f"misshapen: {module}: A {tuple(A.shape)}, B {tuple(B.shape)} hold no numbers (saved "
+            "without gathering the parts of a ZeRO-3 or FSDP run?)"
+        )
     r = peft_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
     if A.ndim < 2 or A.shape[0] != r or B.ndim < 2 or B.shape[1] != r:
         return f"misshapen: {module}: rank {r}, but A {tuple(A.shape)}, B {tuple(B.shape)}"
@@ -319,7 +255,7 @@ def _whole_factors(
     magnitude = pair.get("magnitude")
     if not all(value.dtype in FACTOR_DTYPES for value in pair.values()):
         dtypes = ", ".join(str(value.dtype).removeprefix("torch.") for value in pair.values())
-        return f"misshapen: {module}: {dtypes} where floating-point numbers belong"
+        return f"misshapen: {module}: {dtypes}, not float32, float16 or bfloat16"
     if (magnitude is not None) != (spec.update == "dora"):
         return (
             f"missing: {module}: lora_magnitude_vector, and the configuration says use_dora"

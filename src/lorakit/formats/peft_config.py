@@ -98,6 +98,8 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
             where=f"{path}: peft_type",
             expected="LORA",
             found=str(config["peft_type"]),
+            remedy="use it with PEFT itself; a method that changes weights can be merged there "
+            "(merge_and_unload), and the merged model used here",
         )
     refused = [k for k, rest in _REFUSED.items() if k in config and config[k] not in rest]
     init = config.get("init_lora_weights")
@@ -121,6 +123,38 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def named_base(config: Mapping[str, Any], where: Path, option: str) -> str:
+    """The base that the configuration names.
+
+    Args:
+        config: of an adapter.
+        where: for the error.
+        option: how the base is named on the command line.
+
+    Raises:
+        AdapterFileError: it names none.
+
+    Warns:
+        LorakitWarning: it names a revision, which is not what is loaded by the name alone.
+    """
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise AdapterFileError(
+            "the adapter does not name its base",
+            where=f"{where}, key base_model_name_or_path",
+            remedy=f"name it: {option} REF",
+        )
+    revision = config.get("revision")
+    if revision not in (None, "", "main") and not Path(name).is_dir():
+        warnings.warn(
+            f"the adapter was made on revision {revision} of {name}; the base's default revision "
+            f"is loaded: for that one, {option} with a directory that holds it",
+            LorakitWarning,
+            stacklevel=2,
+        )
+    return name
+
+
 def spec_from_config(config: Mapping[str, Any], path: Path) -> LoraSpec:
     """The request that a configuration states.
 
@@ -141,7 +175,7 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> LoraSpec:
             alpha_pattern=config.get("alpha_pattern") or {},
             init="gaussian" if init == "gaussian" else "kaiming",
             bias=config.get("bias") or "none",
-            also_train=tuple(config.get("modules_to_save") or ()),
+            also_train=_names(config.get("modules_to_save")),
         )
     except (SpecError, TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(
@@ -149,6 +183,10 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> LoraSpec:
             where=str(path),
             found=str(error).replace("\n", ";"),
         ) from error
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def peft_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -21,6 +21,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.data.task_facts import saved_task
 from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, write_json, writing
+from lorakit.formats.peft_config import CONFIG_NAME, named_base
 from lorakit.merging.certificate import (
     CERTIFICATE_NAME,
     Proof,
@@ -92,7 +93,9 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
     adapter = Adapter.load(request.adapter) if saved.name == LoraMethod.name else None
     require_free(request.output)
     ref = request.base or (
-        _named_base(adapter, request.adapter) if adapter else _base_in_passport(saved)
+        named_base(adapter.config, request.adapter / CONFIG_NAME, "--base")
+        if adapter
+        else _base_in_passport(saved)
     )
     resolved = resolve_model(ref)
     _require_four_bit(request, saved)
@@ -272,17 +275,6 @@ def _base_in_passport(saved: Saved) -> str:
             remedy="name it: --base REF",
         )
     return saved.base
-
-
-def _named_base(adapter: Adapter, path: Path) -> str:
-    name = adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise AdapterFileError(
-            "the adapter does not name its base",
-            where=str(path),
-            remedy="name it: --base REF",
-        )
-    return str(name)
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:

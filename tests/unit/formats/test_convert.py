@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -224,6 +225,45 @@ def test_other_bases_are_refused(base: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({"lora_parameters": {"rank": 3, "alpha": 8}}))
     with pytest.raises(AdapterFileError, match="cannot be used"):
         convert(mlx, tmp_path / "c", "peft", base=str(base))
+
+
+def test_an_alpha_beside_mlx_scale_is_asked_for(base: Path, tmp_path: Path) -> None:
+    adapter = saved_adapter("llama", tmp_path, targets=("q_proj",), r=4, alpha=6)
+    made = convert(adapter, tmp_path / "mlx", "mlx", base=str(base))["output"]
+    file = Path(made) / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"]["alpha"] = 16
+    file.write_text(json.dumps(config))
+    # Where layers are counted as num_layers, the scale alone counts.
+    convert(made, tmp_path / "today", "peft", base=str(base))
+    assert_same(read_adapter(adapter), read_adapter(tmp_path / "today"), "llama")
+    config["lora_layers"] = config.pop("num_layers")
+    file.write_text(json.dumps(config))
+    with pytest.raises(RequestError, match=r"--alpha 24 \(as it was then\), or --alpha 6"):
+        convert(made, tmp_path / "then", "peft", base=str(base))
+    options = ConvertOptions(alpha=24.0)
+    convert(made, tmp_path / "then", "peft", base=str(base), options=options)
+    (site,) = {f.scaling for f in read_adapter(tmp_path / "then").factors.values()}
+    assert site == 6.0
+
+
+def test_an_activated_gguf_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = saved_adapter("llama", tmp_path, targets=("q_proj",), r=3)
+    made = convert(adapter, tmp_path / "gguf", "gguf", base=str(base))["output"]
+    reader = gguf.GGUFReader(made)
+    writer = gguf.GGUFWriter(tmp_path / "activated.gguf", "llama")
+    for key, field in reader.fields.items():
+        if key.startswith(("general.type", "adapter.")):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    writer.add_array("adapter.alora.invocation_tokens", [5, 6])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterFileError, match="activated LoRA"):
+        convert(tmp_path / "activated.gguf", tmp_path / "a", "peft", base=str(base))
 
 
 def test_requests_that_cannot_be(base: Path, tmp_path: Path, capsys: Any) -> None:

@@ -37,6 +37,7 @@ from lorakit.errors import (
     StateError,
 )
 from lorakit.formats.peft import load_adapter, save_adapter
+from lorakit.formats.peft_config import named_base
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -259,6 +260,150 @@ def test_an_adapter_that_binds_nothing_is_an_error(saved: Path) -> None:
         load_adapter(model, saved, any_base=True)
     with pytest.raises(StateError):
         detach(model)
+
+
+_LEFT_INSIDE = {
+    "compiled": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    "compiled-around-peft": lambda key: f"_orig_mod.{key}",
+    "compiled-layers": lambda key: key.replace(".self_attn.", "._orig_mod.self_attn."),
+    "fsdp": lambda key: key.replace(".self_attn.", "._fsdp_wrapped_module.self_attn."),
+    "recomputed": lambda key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+    "ddp": lambda key: f"module.{key}",
+    "named": lambda key: key.replace(".weight", ".sql.weight"),
+    "named-default": lambda key: key.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.mark.parametrize("how", list(_LEFT_INSIDE))
+def test_what_training_left_inside_keys_is_taken_out(saved: Path, how: str, tmp_path: Path) -> None:
+    (saved / "lorakit.json").unlink()
+    whole = tiny_models.build("llama")
+    wanted = load_adapter(whole, saved)
+    renamed = {_LEFT_INSIDE[how](k): t for k, t in load_file(saved / TENSORS).items()}
+    assert renamed.keys() != load_file(saved / TENSORS).keys()
+    save_file(renamed, saved / TENSORS)
+    model = tiny_models.build("llama")
+    found = load_adapter(model, saved)
+    assert found.factors.keys() == wanted.factors.keys()
+    given = tiny_models.inputs(model)
+    assert tiny_models.outputs(model, given).equal(tiny_models.outputs(whole, given))
+
+
+def test_names_inside_keys_of_dora_embeddings_and_whole_modules(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    spec = LoraSpec(
+        r=3, alpha=5, targets=("q_proj", "embed_tokens"), update="dora", also_train=("norm",)
+    )
+    attach_learned(model, spec)
+    save_adapter(model, tmp_path)
+    (tmp_path / "lorakit.json").unlink()
+
+    def as_in_memory(key: str) -> str:
+        if ".lora_" not in key:
+            return key.replace(".norm.", ".norm.modules_to_save.sql.")
+        if key.endswith(".lora_magnitude_vector"):
+            return f"{key}.sql.weight"
+        return key.replace(".weight", ".sql.weight") if ".weight" in key else f"{key}.sql"
+
+    renamed = {as_in_memory(k): t for k, t in load_file(tmp_path / TENSORS).items()}
+    assert sum(".sql" in key for key in renamed) == len(renamed)
+    save_file(renamed, tmp_path / TENSORS)
+    again = tiny_models.build("llama")
+    load_adapter(again, tmp_path)
+    given = tiny_models.inputs(model)
+    torch.testing.assert_close(tiny_models.outputs(again, given), tiny_models.outputs(model, given))
+
+
+def test_several_adapters_in_one_file_are_refused_by_name(saved: Path) -> None:
+    tensors = load_file(saved / TENSORS)
+    both = {
+        k.replace(".weight", f".{n}.weight"): t.clone() for n in "ab" for k, t in tensors.items()
+    }
+    save_file(both, saved / TENSORS)
+    text = _refused(saved)
+    assert "several adapters" in text
+    assert "a, b" in text
+
+
+def test_a_tensor_that_stands_twice_is_refused(saved: Path) -> None:
+    def spoil(t: dict[str, torch.Tensor]) -> None:
+        key = next(iter(t))
+        t[f"_orig_mod.{key}"] = t[key] + 1
+
+    _edit_tensors(saved, spoil)
+    assert "lora_A.weight" in _refused(saved)
+
+
+def test_parts_that_were_not_gathered_are_said(saved: Path) -> None:
+    def spoil(t: dict[str, torch.Tensor]) -> None:
+        t.update({key: torch.empty(0) for key in t})
+
+    _edit_tensors(saved, spoil)
+    assert "ZeRO-3" in _refused(saved)
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {"state_dict": {"x": torch.ones(2)}}])
+def test_an_old_bin_that_is_no_state_dict_is_refused(saved: Path, content: object) -> None:
+    (saved / TENSORS).unlink()
+    torch.save(content, saved / "adapter_model.bin")
+    assert "not a state dict" in _refused(saved)
+
+
+def test_another_tools_tensors_are_named(saved: Path) -> None:
+    (saved / TENSORS).rename(saved / "adapters.safetensors")
+    text = _refused(saved)
+    assert "adapters.safetensors" in text
+    assert "lorakit convert" in text
+
+
+def test_a_revision_of_the_base_is_not_passed_over() -> None:
+    config = {"base_model_name_or_path": "some/model", "revision": "abc"}
+    with pytest.warns(LorakitWarning, match="revision abc of some/model"):
+        assert named_base(config, Path("here"), "--base") == "some/model"
+    for revision in (None, "", "main"):
+        assert named_base({**config, "revision": revision}, Path("here"), "--base")
+
+
+def test_modules_to_save_may_be_one_name(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    attach_learned(model, LoraSpec(r=3, alpha=5, targets="qv", also_train=("norm",)))
+    save_adapter(model, tmp_path)
+    (tmp_path / "lorakit.json").unlink()
+    _edit_config(tmp_path, modules_to_save="norm")
+    assert Adapter.load(tmp_path).spec.also_train == ("norm",)
+
+
+@pytest.mark.parametrize(
+    "values", [{"also_train": ("embed_tokens",)}, {"targets": ("embed_tokens", "q_proj")}]
+)
+def test_tokens_that_were_added_to_the_base_are_said_and_can_be_added_here(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    trained = tiny_models.build("llama")
+    trained.resize_token_embeddings(tiny_models.VOCAB + 5)
+    whole: dict[str, Any] = {"r": 3, "alpha": 5, "targets": "qv", **values}
+    attach_learned(trained, LoraSpec(**whole))
+    save_adapter(trained, tmp_path)
+    (tmp_path / "lorakit.json").unlink()
+    text = _refused(tmp_path)
+    assert f"model.resize_token_embeddings({tiny_models.VOCAB + 5})" in text.replace("\n", " ")
+    model = tiny_models.build("llama")
+    model.resize_token_embeddings(tiny_models.VOCAB + 5)
+    load_adapter(model, tmp_path)
+    given = {"input_ids": torch.tensor([[1, 7, tiny_models.VOCAB + 3]])}
+    with torch.no_grad():
+        here = model.model.embed_tokens(given["input_ids"])[0, :2]
+        there = trained.model.embed_tokens(given["input_ids"])[0, :2]
+    torch.testing.assert_close(here, there)
+
+
+def test_a_classifiers_adapter_on_a_language_model_says_what_it_wants(saved: Path) -> None:
+    def spoil(t: dict[str, torch.Tensor]) -> None:
+        t["base_model.model.score.weight"] = torch.ones(2, 32)
+
+    _edit_tensors(saved, spoil)
+    _edit_config(saved, task_type="SEQ_CLS", modules_to_save=["score"])
+    assert "task_type SEQ_CLS" in _refused(saved)
 
 
 def test_an_empty_tensor_file_is_an_error(saved: Path) -> None:
