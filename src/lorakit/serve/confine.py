@@ -17,11 +17,15 @@ _TRAINED = "adapter"
 def adapter_in(directory: Path) -> Path | None:
     """The adapter that a directory is, or that training left in it as `adapter`.
 
-    What another method learned is found too, so that it can be refused by name.
+    What another method learned is found too, so that it can be refused by name. None for what
+    cannot be looked into: a name longer than the disk has names, a directory of somebody else's.
     """
-    for place in (directory, directory / _TRAINED):
-        if any((place / name).is_file() for name in (CONFIG_NAME, PASSPORT_NAME)):
-            return place
+    try:
+        for place in (directory, directory / _TRAINED):
+            if any((place / name).is_file() for name in (CONFIG_NAME, PASSPORT_NAME)):
+                return place
+    except OSError:
+        return None
     return None
 
 
@@ -48,6 +52,13 @@ def adapter_inside(root: Path | None, path: str) -> Path:
         )
     if "\0" in path or ".." in Path(path).parts:
         raise _outside()
+    try:
+        return _inside(root, path)
+    except OSError as error:
+        raise _nothing(path) from error
+
+
+def _inside(root: Path, path: str) -> Path:
     real_root = root.resolve()
     directory = (real_root / path).resolve()
     if directory.is_relative_to(real_root) and directory != real_root:
@@ -56,15 +67,19 @@ def adapter_inside(root: Path | None, path: str) -> Path:
     if directory == real_root or not all(place.is_relative_to(real_root) for place in places):
         raise _outside()
     if not (directory / CONFIG_NAME).is_file():
-        raise AdapterFileError(
-            "there is no adapter here", expected=f"a directory with {CONFIG_NAME}", found=path[:200]
-        )
+        raise _nothing(path)
     if not (directory / TENSORS_NAME).is_file():
         raise AdapterFileError(
             f"the adapter has no {TENSORS_NAME}",
             expected="safetensors: a pickle can run code when it is opened",
         )
     return directory
+
+
+def _nothing(path: str) -> AdapterFileError:
+    return AdapterFileError(
+        "there is no adapter here", expected=f"a directory with {CONFIG_NAME}", found=path[:200]
+    )
 
 
 def _outside() -> AdapterFileError:

@@ -42,7 +42,8 @@ def monitor_routes(service: Service) -> APIRouter:
     """
     router = APIRouter()
 
-    @router.get("/health")
+    # Balancers ask with either.
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         if service.engine.failure is not None:
             return JSONResponse({"status": "failed"}, status_code=503)

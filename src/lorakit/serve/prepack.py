@@ -53,7 +53,7 @@ class Prepacked:
             with torch.no_grad():
                 copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _HINT_ROWS)
             # On the instance: the module, its class and whoever holds it stay the same.
-            layer.forward = partial(_product, layer, copy)
+            layer.forward = partial(_product, layer, copy)  # pyright: ignore[reportAttributeAccessIssue]
             self._layers.append(layer)
         self.num_bytes = needed
 

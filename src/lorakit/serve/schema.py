@@ -98,6 +98,16 @@ class Message(Body):
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, value: Any) -> Any:
+        parts = value if isinstance(value, list) else []
+        kinds = {str(part.get("type"))[:40] for part in parts if isinstance(part, dict)}
+        odd = sorted(kinds - {"text"})
+        if odd:
+            raise ValueError(f"parts of type {', '.join(odd)} are not read by this server: text is")
+        return value
+
     def as_turn(self) -> dict[str, Any]:
         """The turn as a chat template takes it: parts joined, empty keys left out."""
         content = self.content

@@ -15,6 +15,7 @@ import pytest
 import tiny_server
 from lorakit.errors import AdapterFileError, RequestError
 from lorakit.serve.auth import Keys
+from lorakit.serve.catalog import Catalog
 from lorakit.serve.confine import adapter_inside
 from lorakit.serve.request import EngineOptions
 from lorakit.serve.service import Service
@@ -117,6 +118,26 @@ class TestConfinement:
     def test_paths_out(self, places: tuple[Path, Path], path: str) -> None:
         with pytest.raises(AdapterFileError, match="leads out"):
             adapter_inside(places[0], path)
+
+    @pytest.mark.parametrize("path", [300 * "a", "a/" * 3000, "sql/" + 5000 * "b"])
+    def test_paths_longer_than_the_disk_has(self, places: tuple[Path, Path], path: str) -> None:
+        with pytest.raises(AdapterFileError, match="no adapter here"):
+            adapter_inside(places[0], path)
+
+    def test_a_directory_that_cannot_be_looked_into_is_none(
+        self, places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root, _ = places
+        shutil.copytree(root / "sql", root / "private")
+        is_file = Path.is_file
+
+        def refuse(self: Path) -> bool:
+            if "private" in self.parts:
+                raise PermissionError("not yours")
+            return is_file(self)
+
+        monkeypatch.setattr(Path, "is_file", refuse)
+        assert Catalog(root).names() == ["sql"]
 
     def test_an_absolute_path_leads_in_or_is_refused(self, places: tuple[Path, Path]) -> None:
         root, outside = places

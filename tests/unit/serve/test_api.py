@@ -229,6 +229,11 @@ def test_names_that_are_not_served_are_404(service: Service) -> None:
         assert (status, error["code"]) == (404, "model_not_found")
     status, error = refused(service, adapters={"nobody": 1.0})
     assert status == 404
+    # Longer than a disk has names, or a path.
+    for name in (5000 * "a", "base:" + 300 * "b", "a/" * 3000):
+        status, error = refused(service, model=name)
+        assert (status, error["code"]) == (404, "model_not_found")
+        assert len(error["message"]) < 400
     _, error = refused(service, model="sqll")
     assert "near it: sql" in error["message"]
     assert error["message"].count("GET /v1/models") == 1
@@ -253,6 +258,11 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("no turns", {"messages": []}, "messages"),
     ("a picture", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
     ("an unknown role", {"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
+    (
+        "a picture",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "messages.0.content",
+    ),
     ("the assistant last", {"messages": [{"role": "assistant", "content": "a"}]}, None),
     ("many choices", {"n": 1000}, "n"),
     ("an empty stop", {"stop": [""]}, "stop"),
@@ -279,6 +289,12 @@ def test_what_cannot_be_is_refused_in_openai_s_shape(
     assert error["message"]
     if param is not None:
         assert error["param"].startswith(param)
+
+
+def test_a_part_that_is_no_text_is_named(service: Service) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "b"}}]
+    _, error = refused(service, messages=[{"role": "user", "content": parts}])
+    assert "image_url" in error["message"]
 
 
 @pytest.mark.parametrize("prompt", ["", [], ["a", ""], [[1, 10_000]], [-1], ["a"] * 65, 7])

@@ -27,6 +27,14 @@ def get(service: Service, path: str) -> httpx.Response:
     return asyncio.run(once())
 
 
+def ask_head(service: Service, path: str) -> httpx.Response:
+    async def once() -> httpx.Response:
+        async with tiny_server.asking(service) as client:
+            return await client.head(path)
+
+    return asyncio.run(once())
+
+
 def post(service: Service, path: str, **body: Any) -> httpx.Response:
     async def once() -> httpx.Response:
         async with tiny_server.asking(service) as client:
@@ -49,6 +57,7 @@ def samples(service: Service) -> dict[tuple[str, str], float]:
 def test_health_follows_the_drain(service: Service) -> None:
     fresh = Service(service.engine, service.prompts, options=service.options)
     assert get(fresh, "/health").json() == {"status": "ok"}
+    assert ask_head(fresh, "/health").status_code == 200
     fresh.draining = True
     assert get(fresh, "/health").status_code == 503
     late = post(fresh, "/v1/completions", model="tiny", prompt="a")
