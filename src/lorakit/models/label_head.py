@@ -31,7 +31,7 @@ from lorakit.layers.chunked_loss import chunked_cross_entropy
 from lorakit.layers.fused import frozen_parameters
 from lorakit.layers.prefix import prompts_before
 from lorakit.models.head_watch import HeadWatch, Selection
-from lorakit.models.logits_agree import agree, difference
+from lorakit.models.logits_agree import agree, difference, excerpt
 from lorakit.models.loss_share import LossShare
 from lorakit.models.packing import PackedBatch, drops, pack_batch, takes_packed
 from lorakit.models.row_threads import row_groups, sum_of_groups
@@ -295,18 +295,20 @@ class LabelHead:
                 self._fall_back("its head has adapters, and each row names its own")
                 return
             rows = torch.arange(mask.shape[0])  # the rows' names would not fit a part of them
-        num_rows = mask.shape[0]
-        part = {
-            k: v[rows.to(v.device)] if v.ndim > 0 and v.shape[0] == num_rows else v
-            for k, v in batch.items()
-        }
+        part, asked = excerpt(
+            batch,
+            mask,
+            rows=rows,
+            vocabulary=self._model.config.get_text_config().vocab_size,
+            whole_rows=self._seq2seq,
+        )
         with torch.no_grad(), evaluating(self._model):
-            whole = self._whole(part, mask[rows])
-            short = self._selected(part, mask[rows])
+            whole = self._whole(part, asked)
+            short = self._selected(part, asked)
             if self._packs and (short is None or not agree(short, whole)):
                 self._packs = False
                 self._warn_unpacked(short, whole)
-                short = self._selected(part, mask[rows])
+                short = self._selected(part, asked)
         self._checked = True
         if short is None:
             self._fall_back("its head does not see one hidden state per position")

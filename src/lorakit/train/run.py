@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 from lorakit.files import only_writer, require_free
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method, TrainableReport
-from lorakit.models.checkpointing import checkpoint_activations
+from lorakit.models.checkpointing import checkpoint_activations, return_freed_memory
 from lorakit.models.fast_layers import use_fast_layers
 from lorakit.processes import Processes, processes
 from lorakit.progress import progress
@@ -175,6 +175,7 @@ class _Run:
             self._start_from_data()
         if self.config.train.gradient_checkpointing:
             checkpoint_activations(self.model)
+            return_freed_memory(self.prepared.device)
         self.prepared = self.prepared.with_model(self.model, self.method, self.base.sha256)
         self.course.prepared = self.prepared
         if self.sharding is not None and self._mesh is not None:

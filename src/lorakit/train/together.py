@@ -19,7 +19,7 @@ from lorakit.adapters.attach import detach, use
 from lorakit.adapters.attachments import find_attachments
 from lorakit.errors import ModelError
 from lorakit.layers.rms_norm import use_fast_norms
-from lorakit.models.checkpointing import checkpoint_activations
+from lorakit.models.checkpointing import checkpoint_activations, return_freed_memory
 from lorakit.models.fast_layers import use_fast_layers
 from lorakit.models.loss_share import LossShare
 from lorakit.train.base import LoadedBase
@@ -63,6 +63,7 @@ class Together:
         use_fast_layers(model)
         if self.members[0].config.train.gradient_checkpointing:
             checkpoint_activations(model)
+            return_freed_memory(model.device)
         model.train()
         return self
 

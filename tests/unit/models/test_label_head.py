@@ -27,7 +27,8 @@ import tiny_models
 from lorakit.adapters.attach import attach, use
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import DataError, LorakitWarning, ModelError
-from lorakit.models.label_head import LabelHead, label_nll
+from lorakit.models import logits_agree
+from lorakit.models.label_head import IGNORED, LabelHead, label_nll
 from lorakit.models.loss_share import LossShare
 
 VOCAB = 61
@@ -293,6 +294,21 @@ def test_a_model_for_which_the_short_way_is_wrong_falls_back_and_says_so(kind) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         head.loss(batch)  # said once
+
+
+def test_the_first_batch_is_checked_on_a_piece_of_long_rows(monkeypatch) -> None:
+    monkeypatch.setattr(logits_agree, "_NUM_COMPARED", 2 * 16 * VOCAB)
+    model = llama().eval()
+    ids = torch.randint(1, VOCAB, (4, 60))
+    labels = torch.where(torch.arange(60) < 50, IGNORED, ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    seen: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
+    head = LabelHead(model)
+    loss = head.loss(batch)
+    assert not head.full_forward
+    assert seen == [2 * 16, 2 * 16, 4 * 60]
+    torch.testing.assert_close(loss, model(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrapped_head_and_a_wrapped_model_are_called() -> None:
