@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sized
 
 from transformers import PreTrainedModel
 
+from lorakit.data.preference import Judged
 from lorakit.errors import DataError, SpecError
 from lorakit.methods.base import TrainableReport
 from lorakit.models.positions import num_positions
@@ -32,9 +33,8 @@ def require_context(
     context = num_positions(model)
     if context is None:
         return
-    longest = max(
-        (len(row) for examples in data if examples is not None for row in examples), default=0
-    )
+    rows = (row for examples in data if examples is not None for row in examples)
+    longest = max((_length(row) for row in rows), default=0)
     if longest > context:
         raise DataError(
             "the longest row does not fit into the model's context",
@@ -52,3 +52,10 @@ def require_context(
             found=f"{longest:,} tokens + {plan.extra_positions:,} special positions",
             remedy="take fewer of them, or lower data.max_length",
         )
+
+
+def _length(row: Sized) -> int:
+    """Positions of the longest sequence that the model sees of a row."""
+    if isinstance(row, Judged):
+        return max(len(answer.example) for answer in row.answers)
+    return len(row)
