@@ -21,6 +21,7 @@ _log = logging.getLogger("lorakit.serve")
 _LEAST_NUMBERS = 1 << 19
 # Rows from which on it pays: below, float32 is as fast as memory either way.
 _LEAST_ROWS = {torch.float32: 4, torch.bfloat16: 1}
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest number
 _HINT_ROWS = 16  # the layout is chosen for about this many rows, and taken for any number
 # What is left free at least, as a share of what was: caches and adapters come after the start.
 _KEPT_FREE = 0.5
@@ -42,16 +43,25 @@ class Prepacked:
     def __init__(self, model: nn.Module) -> None:
         self.num_bytes = 0
         self._layers: list[nn.Linear] = []
+        if not torch.backends.mkldnn.is_available():
+            return
         layers = [m for m in model.modules() if type(m) is nn.Linear and _gains(m)]
         needed = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-        if not layers or not torch.backends.mkldnn.is_available():
+        if not layers:
             return
         if needed > available_memory_bytes() * _KEPT_FREE:
             _log.warning("weights are not copied into a faster layout: memory is short")
             return
-        for layer in layers:
-            with torch.no_grad():
-                copy = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _HINT_ROWS)
+        try:
+            copies = [_copy(layer) for layer in layers]
+            agree = _agree(layers[0], copies[0])
+        except RuntimeError as error:
+            _log.warning("weights are not copied into a faster layout: %s", error)
+            return
+        if not agree:
+            _log.warning("weights are not copied into a faster layout: its products are others")
+            return
+        for layer, copy in zip(layers, copies, strict=True):
             # On the instance: the module, its class and whoever holds it stay the same.
             layer.forward = partial(_product, layer, copy)  # pyright: ignore[reportAttributeAccessIssue]
             self._layers.append(layer)
@@ -72,6 +82,20 @@ def _gains(layer: nn.Linear) -> bool:
     )
     large = weight.device.type == "cpu" and weight.numel() >= _LEAST_NUMBERS
     return fast and large and "forward" not in vars(layer)
+
+
+def _copy(layer: nn.Linear) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _HINT_ROWS)
+
+
+def _agree(layer: nn.Linear, copy: Tensor) -> bool:
+    """Whether this processor's product from the copy is the weight's, tried with a few rows."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, layer.in_features, generator=generator).to(layer.weight.dtype)
+    with torch.inference_mode():
+        own, found = F.linear(x, layer.weight, layer.bias), _product(layer, copy, x)
+    off = (own - found).abs().max() / own.abs().max().clamp_min(1e-30)
+    return bool(off <= _TOLERANCE[layer.weight.dtype])
 
 
 def _product(layer: nn.Linear, copy: Tensor, x: Tensor) -> Tensor:

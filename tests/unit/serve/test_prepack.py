@@ -53,6 +53,24 @@ def test_weights_stay_as_they_are_where_memory_is_short(monkeypatch, caplog) -> 
     assert not any("forward" in vars(layer) for layer in model)
 
 
+def test_a_processor_that_cannot_or_computes_something_else_is_left_alone(
+    monkeypatch, caplog
+) -> None:
+    model, copy = layers(torch.float32), prepack._copy
+
+    def cannot(_: nn.Linear) -> torch.Tensor:
+        raise NotImplementedError("no such layout here")
+
+    def another(layer: nn.Linear) -> torch.Tensor:
+        return copy(nn.Linear(layer.in_features, layer.out_features))
+
+    for made, said in ((cannot, "no such layout here"), (another, "products are others")):
+        monkeypatch.setattr(prepack, "_copy", made)
+        assert Prepacked(model).num_bytes == 0
+        assert said in caplog.text
+        assert not any("forward" in vars(layer) for layer in model)
+
+
 def test_rows_run_as_if_alone_and_as_the_base_computes_them(monkeypatch, tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     save_learned(model, LoraSpec(r=5, alpha=3.0, targets="all-linear"), tmp_path / "a0", seed=1)
