@@ -118,9 +118,9 @@ def test_the_adapter_on_disk_has_the_loss_of_the_best_validation(directory):
     assert result.record["metrics"]["final"]["step"] == best
 
     config = tiny_runs.config(directory)
-    model, tokenizer = load_model(config.model.ref)
+    model, _ = load_model(config.model.ref)
     load_adapter(model, result.adapter)
-    validation = prepare.read_data(config, tokenizer).validation
+    validation = prepare.prepare(config).data.validation
     total, count = 0.0, 0
     for example in validation:
         ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])

@@ -14,9 +14,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session
+from lorakit.cli.settings import trained_settings
 from lorakit.data.endings import end_of_sequence_ids
+from lorakit.data.formats import Dialogue, Message
+from lorakit.data.options import SftOptions
+from lorakit.data.render import Renderer
 from lorakit.errors import RequestError
 from lorakit.models.generation import context_length
+from lorakit.models.vocabulary import require_embeddings
 
 with contextlib.suppress(ImportError):
     # Loading it is enough: input() then has history and line editing.
@@ -39,6 +44,7 @@ class _Talk:
     session: Session
     max_new_tokens: int
     temperature: float
+    renderer: Renderer
     system: str | None
     labels: list[str]
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -48,7 +54,10 @@ class _Talk:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lorakit chat`."""
     add_model_arguments(parser)
-    parser.add_argument("--system", help="a system turn at the beginning")
+    parser.add_argument(
+        "--system",
+        help="a system turn at the beginning; by default as the adapter was trained; '' for none",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
@@ -70,11 +79,13 @@ def run(args: argparse.Namespace) -> int:
             expected="an instruction-tuned model",
             remedy="continue plain text with: lorakit generate --plain",
         )
+    options = _options(args)
     talk = _Talk(
         session,
         args.max_new_tokens,
         args.temperature,
-        args.system,
+        Renderer(session.tokenizer, options),
+        options.system,
         labels=list(session.systems)[-1:],
     )
     if sys.stdin.isatty():
@@ -83,6 +94,22 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         console.print_json({"model": session.ref, "turns": talk.log})
     return 0
+
+
+def _options(args: argparse.Namespace) -> SftOptions:
+    """How turns are rendered: as the adapter was trained, but always with the chat template."""
+    trained = {} if args.adapter is None else trained_settings(args.adapter)
+    if trained.get("template") == "none":
+        console.warn(
+            "the adapter was trained without the chat template, which a chat needs; lorakit "
+            "generate renders a prompt as it was trained"
+        )
+    kept = {k: v for k, v in trained.items() if k in ("system", "template_options")}
+    if args.system is not None:
+        kept["system"] = args.system or None
+    elif "system" in kept:
+        console.note(f"as the adapter was trained: system {kept['system']!r}")
+    return SftOptions(**kept, template="chat")
 
 
 def _loop(talk: _Talk) -> None:
@@ -139,12 +166,14 @@ def _stream(talk: _Talk, label: str) -> str:
     """Print one answer while it is made; returns its text."""
     model, tokenizer = talk.session.model, talk.session.tokenizer
     prompt = _prompt(talk, tokenizer)
+    require_embeddings(model, tokenizer, prompt)
     eos_ids = end_of_sequence_ids(model, tokenizer)
+    pad_ids = () if tokenizer.pad_token_id is None else (tokenizer.pad_token_id,)
     settings = GenerationConfig(
         do_sample=talk.temperature > 0,
         temperature=talk.temperature or None,
         max_new_tokens=talk.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0],
+        pad_token_id=next(iter((*pad_ids, *eos_ids)), None),
         eos_token_id=list(eos_ids) or None,
     )
     ids = torch.tensor([prompt], device=model.device)
@@ -163,11 +192,11 @@ def _prompt(talk: _Talk, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     context = context_length(talk.session.model)
     start = 0
     while True:
-        turns = list(talk.turns[start:])
+        turns: list[Message] = [dict(turn) for turn in talk.turns[start:]]
         if talk.system:
             turns.insert(0, {"role": "system", "content": talk.system})
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        ids = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        text = talk.renderer.prompt(Dialogue(turns), "the conversation")
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if context is None or len(ids) + talk.max_new_tokens <= context:
             break
         if start + 2 >= len(talk.turns):

@@ -16,6 +16,7 @@ from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.models.generation import context_length, contiguous_head, own_settings_aside
 from lorakit.models.label_head import evaluating
 from lorakit.models.shared_start import read_start, shared_start
+from lorakit.models.vocabulary import require_embeddings
 from lorakit.progress import progress
 
 
@@ -72,11 +73,13 @@ def generate_answers(
         One answer per prompt, in the order of the prompts.
 
     Raises:
-        DataError: a prompt is empty or leaves no room in the model's context.
+        DataError: a prompt is empty, leaves no room in the model's context, or has a token that the
+            model does not know.
         ModelError: the model has no language-modelling head.
     """
     job = _prepare(model, tokenizer)
     check_prompts(model, prompts)
+    require_embeddings(model, tokenizer, map(max, prompts))
     _warn_of_cuts(prompts, job.context, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     answers: dict[int, Answer] = {}

@@ -23,6 +23,7 @@ from lorakit.evaluate.options import METRICS, EvalOptions
 from lorakit.evaluate.scoring import SCORERS
 from lorakit.evaluate.tasks import Choices, Question, build_choices, build_questions
 from lorakit.models.causal import require_causal
+from lorakit.models.vocabulary import require_embeddings
 
 # What a system is: an adapter's name on the model, None for the base alone, or what switches the
 # model over for a block.
@@ -228,6 +229,7 @@ def _prepare(
     examples: list[Example] = []
     if options.needs("likelihood"):
         examples = list(build_examples(rows, tokenizer, options.sft))
+        require_embeddings(model, tokenizer, (max(e.input_ids) for e in examples))
         _warn_of_missing(examples, rows)
     choices = None
     if options.needs("choices"):

@@ -6,19 +6,13 @@ import math
 import re
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.data.rows import Rows
-from lorakit.data.sources import load_rows
 from lorakit.environment import default_device, supports_bf16
 from lorakit.errors import (
-    ConfigError,
-    DataError,
     LorakitWarning,
     SpecError,
     TargetError,
@@ -27,6 +21,7 @@ from lorakit.formatting import format_bytes, format_share
 from lorakit.methods.base import Method, TrainableReport
 from lorakit.models.load import load_tokenizer, resolve_dtype
 from lorakit.models.quantizable import holds_four_bit, mark_four_bit
+from lorakit.models.vocabulary import require_embeddings
 from lorakit.planner.memory import (
     MemoryEstimate,
     TrainingSetup,
@@ -41,38 +36,11 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.context import require_context
 from lorakit.train.objectives.base import ExampleSet, Objective
 from lorakit.train.objectives.registry import build_objective
+from lorakit.train.run_data import RunData, build_data, read_rows
 from lorakit.train.steps import steps_per_epoch
 from lorakit.train.storage import require_storage
 from lorakit.train.train_section import DEFAULT_EPOCHS
 from lorakit.weights.storage import storage_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunData:
-    """The rows of a run and the examples made of them."""
-
-    train_rows: Rows
-    train: ExampleSet
-    validation_rows: Rows | None
-    validation: ExampleSet | None
-
-    def hashes(self) -> dict[str, str | None]:
-        """SHA-256 of the rows' content."""
-        validation = self.validation_rows
-        return {
-            "train": self.train_rows.sha256,
-            "validation": None if validation is None else validation.sha256,
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """Sources, hashes, counts, and what tokenising found."""
-        record = {"train": {**self.train_rows.to_json(), "report": self.train.report.to_json()}}
-        if self.validation_rows is not None and self.validation is not None:
-            record["validation"] = {
-                **self.validation_rows.to_json(),
-                "report": self.validation.report.to_json(),
-            }
-        return record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +103,20 @@ class Preparation:
             f"memory: {self.memory}, {format_bytes(self.free_bytes)} free",
             f"checkpoints: about {format_bytes(self.checkpoint_bytes)} each, at most {num_kept} "
             "kept",
-            *(f"note: {note}" for note in self.notes()),
+            *(
+                f"note: {note}"
+                for note in [*self.data.notes(), *self.notes(), *self._warmup(config)]
+            ),
+        ]
+
+    def _warmup(self, config: TrainConfig) -> list[str]:
+        """That the rate rises until the end, if it does."""
+        num_steps = config.train.warmup_steps
+        if num_steps < self.max_steps:
+            return []
+        return [
+            f"train.warmup_steps is {num_steps:,} and the run has {self.max_steps:,} steps: the "
+            "rate never reaches train.lr"
         ]
 
     @property
@@ -213,8 +194,9 @@ def prepare(
     mark_four_bit(base, config.model.quantize)
     beside = objective.beside(base)
     plan = _plan(base, config, beside)
-    data = like.data if like else _read(rows, objective)
+    data = like.data if like else build_data(rows, objective)
     require_context(base, plan, config.method, (data.train, data.validation))
+    require_embeddings(base, tokenizer, data.highest_ids(objective.collate))
     device = default_device()
     num_base_params = sum(p.numel() for p in base.parameters())
     dtype = _dtype(config, plan, device)
@@ -227,6 +209,9 @@ def prepare(
     free_bytes = _room(memory, device, group)
     together = config.train.batch_size * group.num
     per_epoch = steps_per_epoch(len(data.train), together, config.train.gradient_accumulation)
+    max_steps = config.train.max_steps or math.ceil(
+        (config.train.epochs or DEFAULT_EPOCHS) * per_epoch
+    )
     return Preparation(
         tokenizer=tokenizer,
         objective=objective,
@@ -241,8 +226,7 @@ def prepare(
         device=device,
         bf16=setup.bf16,
         steps_per_epoch=per_epoch,
-        max_steps=config.train.max_steps
-        or math.ceil((config.train.epochs or DEFAULT_EPOCHS) * per_epoch),
+        max_steps=max_steps,
         num_processes=group.num,
     )
 
@@ -317,71 +301,6 @@ def _plan(base: PreTrainedModel, config: TrainConfig, beside: tuple[str, ...]) -
             found=error.found,
             remedy=error.remedy,
         ) from error
-
-
-def read_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    """The rows and examples for training and validation.
-
-    Raises:
-        DataError: rows that are missing, broken, empty, or too few to hold some out.
-    """
-    rows = read_rows(config)
-    return _read(rows, build_objective(config, tokenizer, rows[0]))
-
-
-def read_rows(config: TrainConfig) -> tuple[Rows, Rows | None]:
-    """The rows for training, and for validation if there are any.
-
-    Raises:
-        DataError: rows that are missing, broken, empty, or too few to hold some out.
-        ConfigError: one file for both.
-    """
-    options = config.data
-    train_rows = load_rows(options.train)
-    validation_rows: Rows | None = None
-    if options.validation is not None:
-        # A directory or hub id that is named twice has one split for each.
-        split = "validation" if options.validation == options.train else None
-        if split is not None and Path(options.train).is_file():
-            raise ConfigError(
-                "the validation rows are the training rows",
-                where="data.validation",
-                expected="rows that are not trained on",
-                found=options.train,
-                remedy="hold some out with data.validation_share: 0.1, or name another file",
-            )
-        validation_rows = load_rows(options.validation, split=split)
-    elif options.validation_share is not None:
-        train_rows, validation_rows = _hold_out(train_rows, options.validation_share, config.seed)
-    return train_rows, validation_rows
-
-
-def _read(rows: tuple[Rows, Rows | None], objective: Objective) -> RunData:
-    train_rows, validation_rows = rows
-    validation: ExampleSet | None = None
-    train = objective.build(train_rows, label="tokenising")
-    if validation_rows is not None:
-        validation = objective.build(validation_rows, label="tokenising validation")
-    return RunData(
-        train_rows=train_rows,
-        train=train,
-        validation_rows=validation_rows,
-        validation=validation,
-    )
-
-
-def _hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    num_held = max(1, round(share * len(rows)))
-    if num_held >= len(rows):
-        raise DataError(
-            "too few rows to hold some out for validation",
-            where=rows.source,
-            expected="at least two rows",
-            found=f"{len(rows)} rows, {num_held} of them held out",
-            remedy="name validation rows of their own, or lower data.validation_share",
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    return rows.select(sorted(order[num_held:])), rows.select(sorted(order[:num_held]))
 
 
 def resolve_bf16(config: TrainConfig, device: torch.device) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from lorakit.cli.main import main
+from lorakit.data.render import Renderer
 
 
 def test_train_leaves_an_adapter_and_a_record(run_directory):
@@ -163,6 +166,39 @@ def test_chat_answers_each_line_and_switches(answer, monkeypatch, run_directory)
         ("assistant", "base"),
         ("assistant", "adapter"),
     ]
+
+
+def test_a_chat_is_rendered_as_the_adapter_was_trained(
+    answer, monkeypatch, run_directory, tmp_path
+):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run_directory / "adapter", adapter)
+    passport = json.loads((adapter / "lorakit.json").read_text())
+    passport["config"]["data"]["system"] = "be brief"
+    (adapter / "lorakit.json").write_text(json.dumps(passport))
+    seen = []
+    render = Renderer.prompt
+    monkeypatch.setattr(
+        Renderer, "prompt", lambda self, *args: seen.append(render(self, *args)) or seen[-1]
+    )
+    for words in ([], ["--system", ""]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+        assert answer("chat", "--adapter", adapter, "--max-new-tokens", 2, *words)[0] == 0
+    assert ["be brief" in text for text in seen] == [True, False]
+
+
+def test_a_template_that_refuses_a_turn_of_the_chat_says_so(answer, monkeypatch, base, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = refusing + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    code, result = answer("chat", "--model", model, "--system", "be brief")
+    assert (code, result["error"]["what"]) == (2, "the chat template refuses this row")
 
 
 def test_analyze_measures_a_run_and_compares_it_with_its_adapter(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 import tiny_models
 import tiny_runs
-from lorakit.errors import ConfigError, ModelError, TargetError
+from lorakit.errors import ConfigError, DataError, ModelError, TargetError
 from lorakit.train.config import TrainConfig
 from lorakit.train.prepare import prepare
 from lorakit.train.run import train
@@ -97,3 +98,50 @@ def test_one_process_of_a_launcher_trains(directory, monkeypatch):
     options = dataclasses.replace(config.train, epochs=None, max_steps=1, warmup_steps=0)
     result = train(dataclasses.replace(config, train=options), say=lambda line: None)
     assert result.record["steps"]["done"] == 1
+
+
+def test_what_tokenising_found_is_said_of_training_and_validation_rows(directory):
+    values = tiny_runs.values(directory)
+    values["data"] = {**values["data"], "max_length": 12, "on_too_long": "drop"}
+    config = TrainConfig.from_dict(values)
+    prepared = prepare(config)
+    said = [line for line in prepared.lines(config) if "longer than max_length" in line]
+    train, held = prepared.data.train, prepared.data.validation
+    assert train.report.num_dropped
+    assert held.report.num_dropped
+    assert said == [
+        f"note: {train.report.num_dropped} examples longer than max_length are left out",
+        f"note: validation: {held.report.num_dropped} examples longer than max_length are left out",
+    ]
+
+
+def test_a_warmup_that_outlasts_the_run_is_said(directory):
+    for num_steps in (2, 3):
+        config = tiny_runs.config(directory, epochs=None, max_steps=num_steps, warmup_steps=2)
+        said = any("the rate never reaches" in line for line in prepare(config).lines(config))
+        assert said == (num_steps == 2)
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "classify"])
+def test_a_token_without_an_embedding_is_refused(directory, task):
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(directory / "model")
+    values = tiny_runs.values(directory) | {"task": task}
+    values["data"]["validation"] = None
+    rows = [{"prompt": "w1", "chosen": f"w2 {new}", "rejected": "w3"} for new in ("w4", "<new>")]
+    if task == "classify":
+        rows = [{"text": f"w2 {new}", "label": new} for new in ("w4", "<new>")]
+    elif task == "sft":
+        rows = [{"prompt": "w1", "completion": f"w2 {new}"} for new in ("w4", "<new>")]
+    del values["train"]["eval_every"]
+
+    def prepared(some):
+        (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        return prepare(TrainConfig.from_dict(values))
+
+    if task != "classify":
+        prepared(rows[:1])
+    with pytest.raises(DataError, match="no embedding for") as caught:
+        prepared(rows)
+    assert "'<new>', id 70" in caught.value.found

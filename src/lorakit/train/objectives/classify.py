@@ -117,7 +117,7 @@ class ClassifyObjective:
         if self.targets.regression:
             what = f"regression, mean {report.label_mean:.4g}"
         columns = " + ".join(n for n in (self._columns.text, self._columns.text_pair) if n)
-        notes = "; ".join((*self.targets.notes, *report.notes))
+        notes = "; ".join(self.targets.notes)
         told = f"{columns} -> {self._columns.label}, {what}"
         return f"{told} ({notes})" if notes else told
 

@@ -205,7 +205,7 @@ class GrpoObjective:
         weights = options.weights
         earned = ", ".join(name if w == 1 else f"{w:g} {name}" for name, w in weights.items())
         told = f"{report.num_tokens:,} tokens of prompts, {options.num_samples} answers to each"
-        return "; ".join((told, f"reward: {earned}", *report.notes))
+        return f"{told}; reward: {earned}"
 
     def facts(self) -> dict[str, Any]:
         """What was rewarded."""

@@ -114,7 +114,7 @@ class PreferenceObjective:
         if self._config.task != "orpo":
             elsewhere = "" if self._reference.is_start else ", where the policy does not begin"
             against = (f"reference: {self._reference.name}{elsewhere}",)
-        return "; ".join((told, *against, *report.notes))
+        return "; ".join((told, *against))
 
     def facts(self) -> dict[str, Any]:
         """What was preferred by which loss."""
