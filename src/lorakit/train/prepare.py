@@ -209,9 +209,6 @@ def prepare(
     free_bytes = _room(memory, device, group)
     together = config.train.batch_size * group.num
     per_epoch = steps_per_epoch(len(data.train), together, config.train.gradient_accumulation)
-    max_steps = config.train.max_steps or math.ceil(
-        (config.train.epochs or DEFAULT_EPOCHS) * per_epoch
-    )
     return Preparation(
         tokenizer=tokenizer,
         objective=objective,
@@ -226,9 +223,14 @@ def prepare(
         device=device,
         bf16=setup.bf16,
         steps_per_epoch=per_epoch,
-        max_steps=max_steps,
+        max_steps=_num_steps(config, per_epoch),
         num_processes=group.num,
     )
+
+
+def _num_steps(config: TrainConfig, per_epoch: int) -> int:
+    epochs = config.train.epochs or DEFAULT_EPOCHS
+    return config.train.max_steps or math.ceil(epochs * per_epoch)
 
 
 def _room(memory: MemoryEstimate, device: torch.device, processes: Processes) -> int:
