@@ -425,8 +425,74 @@ def test_dropout_draws_for_each_row_and_keeps_the_function_away(calls):
     assert calls == ["shared 5", "layer", "layer", "shared 0"]
 
 
-def test_rows_with_adapters_of_their_own_are_not_packed(calls):
-    model, batch = model_of("llama"), a_batch()
+SECOND = {
+    "plain": LoraSpec(targets="mlp", r=2, alpha=9.0),
+    "dora": LoraSpec(targets="all-linear", r=2, alpha=3.0, update="dora"),
+}
+
+
+def two_adapters(architecture: str, second: str) -> PreTrainedModel:
+    model = tiny_models.build(architecture).double()
+    attach_learned(model, LoraSpec(targets="all-linear", r=3, alpha=7.5))
+    first = trainable(model).values()
+    attach_learned(model, SECOND[second], "second")
+    for tensor in first:
+        tensor.requires_grad_(True)
+    return model.train()
+
+
+ROWS = {
+    "two stretches": ["default", "default", "second", "second"],
+    "the base too": ["second", None, "default", "default"],
+    "mixed": ["default", "second", "default", None],
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_with_adapters_of_their_own_are_packed_by_adapter(architecture, second, rows, calls):
+    model, batch = two_adapters(architecture, second), a_batch()
+    with use(model, ROWS[rows]):
+        expected = run(model, batch)
+        assert not calls
+        use_attention(model, GROUPED)
+        use_fast_layers(model)
+        use_fast_norms(model)
+        found = run(model, batch)
+    assert_same(found, expected)
+    assert len(found[1]) == len(trainable(model))
+    assert "shared 0" in calls  # what different adapters make of one start is not the same
+    assert ("layer" in calls) == (architecture in FAST and second == "plain")
+
+
+def test_rows_share_what_they_begin_with_where_their_adapter_is_the_same():
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]] * 5)
+    ids[:, 5] = torch.arange(5)
+    owners = ["a", "a", None, "b", "b"]
+    packing, source = pack_rows(ids, [6, 6, 6, 6, 5], [5] * 5, share=True, owners=owners)
+    assert packing.lengths == (5, 1, 1, 6, 4, 2, 1)
+    assert packing.parents == (-1, 0, 0, -1, -1, 4, 4)
+    assert packing.spans == (("a", 0, 7), ("b", 13, 20))
+    assert (source // 6).tolist() == [0] * 6 + [1] + [2] * 6 + [3] * 6 + [4]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_mixed_rows_are_recomputed_with_their_adapters(architecture, calls):
+    model, batch = two_adapters(architecture, "plain"), a_batch()
+    with use(model, ROWS["mixed"]):
+        expected = run(model, batch)
+        use_attention(model, GROUPED)
+        use_fast_layers(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert_same(run(model, batch), expected)
+    assert calls
+
+
+def test_a_module_trained_beside_keeps_mixed_rows_apart(calls):
+    model, batch = tiny_models.build("llama").double(), a_batch()
+    spec = LoraSpec(targets="qv", r=2, alpha=5.0, also_train=("norm",))
+    attach_learned(model, spec)
     rows = ["default", None, "default", None]
     with use(model, rows):
         expected = LabelHead(model).loss(batch)

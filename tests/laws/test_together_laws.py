@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_runs
+from lorakit.layers import decoder
+from lorakit.models import fast_layers
 from lorakit.sweep.config import SweepConfig
 from lorakit.sweep.run import sweep
 from lorakit.train.config import TrainConfig
@@ -63,14 +65,25 @@ def sweep_values(directory: Path, **changes: Any) -> dict[str, Any]:
     for arm in arms:
         if "data.train" in arm:
             arm["data.train"] = str(directory / arm["data.train"])
-    return {**values, "sweep": {"arms": arms, "together": 4}}
+    return {**values, "sweep": {"arms": arms, "together": 2}}
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
     directory = tiny_runs.write_all(tmp_path_factory.mktemp("together"))
     tiny_runs.write_rows(directory / "other.jsonl", 31, seed=5)
-    sweep(SweepConfig.from_dict(sweep_values(directory)), say=lambda _: None)
+    spans: list[int] = []
+    layer = decoder.decoder_layer
+
+    def counted(*args: Any) -> torch.Tensor:
+        spans.append(len(args[3].spans))
+        return layer(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_layers, "decoder_layer", counted)
+        sweep(SweepConfig.from_dict(sweep_values(directory)), say=lambda _: None)
+    # The first two arms run packed and whole layers at a time, the others layer by layer.
+    assert spans.count(2) >= 2 * 50
     return directory
 
 

@@ -264,7 +264,7 @@ def use(model: nn.Module, selection: str | Sequence[str | None] | None) -> Itera
     try:
         yield model
     finally:
-        record.routing.active = before
+        record.routing.resume(before)
 
 
 def _require_own_rows(model: nn.Module) -> None:

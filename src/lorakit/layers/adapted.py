@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.fused import Span, fused_forward, fused_rows
+from lorakit.layers.fused import Span, fused_forward, fused_rows, fused_tokens
 from lorakit.layers.inference import added_in_place
 from lorakit.layers.kinds import LayerKind
 from lorakit.layers.low_rank import Branch
-from lorakit.layers.routing import Routing, row_groups, row_spans
+from lorakit.layers.routing import Routing, TokenSpans, row_groups, row_spans
 from lorakit.weights.storage import base_weight
 
 
@@ -93,6 +93,9 @@ class AdaptedLayer(Wrapper):
         return self._add(branch, x, self.base(x)) if fused is None else fused
 
     def _forward_rows(self, x: Tensor, rows: tuple[str | None, ...]) -> Tensor:
+        packed = self.routing.spans
+        if packed is not None and x.shape[0] == 1:
+            return self._forward_packed(x, packed)
         if x.shape[0] == 1 and len(rows) > 1:
             # Position ids are looked up once for all rows; with an adapter per row they differ.
             x = x.expand(len(rows), *x.shape[1:])
@@ -111,6 +114,20 @@ class AdaptedLayer(Wrapper):
                 indices = indices.to(y.device)
                 y = y.index_copy(0, indices, self._add(branch, x[indices], y[indices]))
         return y
+
+    def _forward_packed(self, x: Tensor, spans: TokenSpans) -> Tensor:
+        """The rows of a packed batch (1, tokens, ...), each adapter's tokens in one stretch."""
+        found = ((self.branch_of(name), start, stop) for name, start, stop in spans)
+        own = [Span(branch, a, b) for branch, a, b in found if branch is not None]
+        fused = fused_tokens(self.base, own, x) if own else self.base(x)
+        if fused is not None:
+            return fused
+        y, parts, done = self.base(x), list[Tensor](), 0
+        for span in own:
+            here = slice(span.start, span.stop)
+            parts += [y[:, done : span.start], self._add(span.branch, x[:, here], y[:, here])]
+            done = span.stop
+        return torch.cat([*parts, y[:, done:]], dim=1)
 
     def _add(self, branch: Branch, x: Tensor, y: Tensor) -> Tensor:
         total = y

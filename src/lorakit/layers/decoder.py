@@ -12,8 +12,9 @@ on one input share it, and their A are one matrix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,14 @@ from lorakit.layers.rms_norm import inverse_rms, norm_backward, norm_forward
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A frozen linear layer: its weight (out, in), its bias, and the scaling of its update.
+    """A frozen linear layer: its weight (out, in), its bias, and the scalings of its updates.
 
-    `scaling` is None where nothing is added.
+    `scalings` has one for each span of the layer, None where nothing is added.
     """
 
     weight: Tensor
     bias: Tensor | None
-    scaling: float | None
+    scalings: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class LayerShape:
         groups: key heads.
         scale: what the scores are multiplied by.
         dtype: what the products are computed in.
+        spans: the tokens [begin, end) of each adapter; None for an end: to the last.
     """
 
     products: tuple[Product, ...]
@@ -57,7 +59,13 @@ class LayerShape:
     groups: int
     scale: float
     dtype: torch.dtype
+    spans: tuple[tuple[int, int | None], ...] = ((0, None),)
 
+
+T = TypeVar("T")
+Pair = tuple[T, T]
+# A and B of each product and span, None without an update.
+Factors = Sequence[Sequence[Pair[Tensor] | None]]
 
 # The products that have their input in common.
 _GROUPS = ((0, 1, 2), (3,), (4, 5), (6,))
@@ -77,7 +85,8 @@ def decoder_layer(
         rotary: cosine and sine of each token's angles, (1, num_tokens, d), the two halves alike.
         packing: which tokens see which.
         shape: the layer.
-        factors: A (r, in) and B (out, r) of each product that has an update, in their order.
+        factors: A (r, in) and B (out, r) of each update: product by product, in each those of the
+            spans, in their order.
 
     Returns:
         Like x.
@@ -88,69 +97,95 @@ def decoder_layer(
         return _DecoderLayer.apply(x, cos, sin, packing, shape, *factors)  # pyright: ignore[reportReturnType]
 
 
-class _Group:
-    """The products on one input, and their updates: s B (A x)."""
+class _Updates:
+    """What one adapter adds to the products on one input, for its tokens: s B (A x)."""
 
-    def __init__(self, shape: LayerShape, index: int, factors: list[Tensor | None]) -> None:
-        self.dtype = shape.dtype
-        self.members = [shape.products[i] for i in _GROUPS[index]]
-        downs = [factors[2 * i] for i in _GROUPS[index]]
-        ups = [factors[2 * i + 1] for i in _GROUPS[index]]
-        self.ranks = [0 if A is None else A.shape[0] for A in downs]
-        present = [A.to(self.dtype) for A in downs if A is not None]
+    def __init__(self, shape: LayerShape, index: int, span: int, every: Factors) -> None:
+        begin, end = shape.spans[span]
+        self.here = slice(begin, end)
+        self.scalings = [shape.products[i].scalings[span] for i in _GROUPS[index]]
+        pairs = [every[i][span] for i in _GROUPS[index]]
+        self.ranks = [0 if pair is None else pair[0].shape[0] for pair in pairs]
+        present = [pair[0].to(shape.dtype) for pair in pairs if pair is not None]
         self.down = torch.cat(present) if len(present) > 1 else next(iter(present), None)
         self.ups = [
-            None if B is None or p.scaling is None else B.to(self.dtype) * p.scaling
-            for B, p in zip(ups, self.members, strict=True)
+            None if pair is None or scaling is None else pair[1].to(shape.dtype) * scaling
+            for pair, scaling in zip(pairs, self.scalings, strict=True)
         ]
-        self.kinds = [(None if A is None else A.dtype) for A in downs]
+        self.kinds = [None if pair is None else pair[0].dtype for pair in pairs]
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """The outputs, and A x of all updates, (n, sum of r)."""
-        hidden = None if self.down is None else x @ self.down.T
-        found: list[Tensor] = []
-        for product, up, part in zip(self.members, self.ups, self._split(hidden), strict=True):
-            bias = None if product.bias is None else product.bias.to(self.dtype)
-            y = F.linear(x, product.weight.to(self.dtype), bias)
-            if up is not None and part is not None:
-                y.addmm_(part, up.T)
-            found.append(y)
-        return found, hidden
+    def forward(self, x: Tensor, ys: list[Tensor]) -> Tensor | None:
+        """Add to the outputs, in place; A x of all updates, (n, sum of r)."""
+        if self.down is None:
+            return None
+        hidden = x[self.here] @ self.down.T
+        for y, up, part in zip(ys, self.ups, self._split(hidden), strict=True):
+            if up is not None:
+                y[self.here].addmm_(part, up.T)
+        return hidden
 
     def backward(
-        self, x: Tensor, hidden: Tensor | None, dys: list[Tensor], *, needs_dx: bool = True
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradient of x, and of A and B of each product."""
+        self, x: Tensor, hidden: Tensor | None, dys: list[Tensor], dx: Tensor | None
+    ) -> list[Pair[Tensor | None]]:
+        """The gradients of A and B of each product; adds to that of x, in place."""
+        if self.down is None or hidden is None:
+            return [(None, None)] * len(dys)
+        g = torch.empty_like(hidden)
+        grads: list[Tensor | None] = []
+        parts = zip(dys, self.ups, self.scalings, self._split(hidden), self._split(g), strict=True)
+        for dy, up, scaling, part, own in parts:
+            if up is None or scaling is None:
+                grads.append(None)
+                continue
+            torch.mm(dy[self.here], up, out=own)
+            # As (A x)^T dy and not dy^T (A x): the narrow factor is the one to be transposed.
+            grads.append((part.T @ dy[self.here]).T * scaling)
+        if dx is not None:
+            dx[self.here].addmm_(g, self.down)
+        downs = (g.T @ x[self.here]).split(self.ranks)
+        return [
+            (None, None) if kind is None or up is None else (down.to(kind), up.to(kind))
+            for kind, down, up in zip(self.kinds, downs, grads, strict=True)
+        ]
+
+    def _split(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        return hidden.split(self.ranks, dim=1)
+
+
+class _Group:
+    """The products on one input, and their updates."""
+
+    def __init__(self, shape: LayerShape, index: int, every: Factors) -> None:
+        self.dtype = shape.dtype
+        self.members = [shape.products[i] for i in _GROUPS[index]]
+        self.updates = [_Updates(shape, index, span, every) for span in range(len(shape.spans))]
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The outputs, and A x of the updates of each span."""
+        found: list[Tensor] = []
+        for product in self.members:
+            bias = None if product.bias is None else product.bias.to(self.dtype)
+            found.append(F.linear(x, product.weight.to(self.dtype), bias))
+        return found, [updates.forward(x, found) for updates in self.updates]
+
+    def backward(
+        self,
+        x: Tensor,
+        hidden: Sequence[Tensor | None],
+        dys: list[Tensor],
+        *,
+        needs_dx: bool = True,
+    ) -> tuple[Tensor | None, list[list[Pair[Tensor | None]]]]:
+        """The gradient of x, and of A and B of each product and span."""
         dx: Tensor | None = None
         if needs_dx:
             dx = dys[0] @ self.members[0].weight.to(self.dtype)
             for dy, product in zip(dys[1:], self.members[1:], strict=True):
                 dx.addmm_(dy, product.weight.to(self.dtype))
-        if self.down is None or hidden is None:
-            return dx, [None, None] * len(dys)
-        g = torch.empty_like(hidden)
-        grads: list[Tensor | None] = []
-        parts = zip(dys, self.ups, self.members, self._split(hidden), self._split(g), strict=True)
-        for dy, up, product, part, own in parts:
-            if up is None or part is None or own is None or product.scaling is None:
-                grads.append(None)
-                continue
-            torch.mm(dy, up, out=own)
-            # As (A x)^T dy and not dy^T (A x): the narrow factor is the one to be transposed.
-            grads.append((part.T @ dy).T * product.scaling)
-        if dx is not None:
-            dx.addmm_(g, self.down)
-        downs = (g.T @ x).split(self.ranks)
-        found: list[Tensor | None] = []
-        for rank, kind, *both in zip(self.ranks, self.kinds, downs, grads, strict=True):
-            known = rank and kind is not None
-            found += [d.to(kind) if known and d is not None else None for d in both]
-        return dx, found
-
-    def _split(self, hidden: Tensor | None) -> list[Tensor | None]:
-        if hidden is None:
-            return [None] * len(self.ranks)
-        return list(hidden.split(self.ranks, dim=1))
+        found = [
+            updates.backward(x, h, dys, dx) for updates, h in zip(self.updates, hidden, strict=True)
+        ]
+        return dx, [list(of_product) for of_product in zip(*found, strict=True)]
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -178,8 +213,9 @@ class _DecoderLayer(torch.autograd.Function):
         (gate, up), h3 = gate_up.forward(norm_forward(mid, r2, shape.norms[1]).to(shape.dtype))
         (z,), h4 = down.forward(F.silu(gate).mul_(up))
         result = mid + z if z.dtype != mid.dtype else z.add_(mid)
+        hidden = (*h1, *h2, *h3, *h4)
         ctx.save_for_backward(
-            flat, r1, cos, sin, q, k, v, o, mid, r2, gate, up, h1, h2, h3, h4, *factors, *weights
+            flat, r1, cos, sin, q, k, v, o, mid, r2, gate, up, *hidden, *factors, *weights
         )
         ctx.packing, ctx.shape, ctx.num_factors = packing, shape, len(factors)
         return torch.ops.aten._unsafe_view(result, x.shape)
@@ -190,10 +226,12 @@ class _DecoderLayer(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Any, ...]:
         kept = ctx.saved_tensors  # once: a checkpoint gives each of them out once
-        flat, r1, cos, sin, q, k, v, o, mid, r2, gate, up, h1, h2, h3, h4 = kept[:16]
-        rest = kept[16:]
-        factors, weights = rest[: ctx.num_factors], rest[ctx.num_factors :]
         shape: LayerShape = ctx.shape
+        each = len(shape.spans)
+        flat, r1, cos, sin, q, k, v, o, mid, r2, gate, up = kept[:12]
+        h1, h2, h3, h4 = (kept[12 + i * each : 12 + (i + 1) * each] for i in range(4))
+        rest = kept[12 + 4 * each :]
+        factors, weights = rest[: ctx.num_factors], rest[ctx.num_factors :]
         every = _every_factor(shape, factors)
         qkv, out, gate_up, down = (_Group(shape, i, every) for i in range(len(_GROUPS)))
         dy = grads[0].reshape(mid.shape)
@@ -222,17 +260,26 @@ class _DecoderLayer(torch.autograd.Function):
         return (dx, None, None, None, None, *_of_updates(shape, found))
 
 
-def _every_factor(shape: LayerShape, factors: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """A and B of all products, None for those without an update."""
+def _every_factor(shape: LayerShape, factors: Sequence[Tensor]) -> Factors:
+    """A and B of all products and spans, None for those without an update."""
     left = iter(factors)
-    pairs = [
-        (None, None) if p.scaling is None else (next(left), next(left)) for p in shape.products
+    return [
+        [None if scaling is None else (next(left), next(left)) for scaling in product.scalings]
+        for product in shape.products
     ]
-    return [factor for pair in pairs for factor in pair]
 
 
-def _of_updates(shape: LayerShape, found: list[Tensor | None]) -> list[Tensor | None]:
-    return [d for i, d in enumerate(found) if shape.products[i // 2].scaling is not None]
+def _of_updates(
+    shape: LayerShape, found: Sequence[Sequence[Pair[Tensor | None]]]
+) -> list[Tensor | None]:
+    """The gradients of the factors, in their order."""
+    return [
+        gradient
+        for product, pairs in zip(shape.products, found, strict=True)
+        for scaling, pair in zip(product.scalings, pairs, strict=True)
+        if scaling is not None
+        for gradient in pair
+    ]
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

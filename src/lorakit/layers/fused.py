@@ -62,7 +62,7 @@ class Span:
 
     Attributes:
         branch: the adapter's part of this layer.
-        start: the first index of the batch's first axis.
+        start: the first index of the batch's first axis; in a packed batch, the first token.
         stop: the one behind the last.
     """
 
@@ -94,6 +94,11 @@ def fused_rows(base: nn.Module, spans: Sequence[Span], x: Tensor) -> Tensor | No
     """
     each = x.shape[1:-1].numel()
     return _fused(base, [(s.branch, s.start * each, s.stop * each) for s in spans], x)
+
+
+def fused_tokens(base: nn.Module, spans: Sequence[Span], x: Tensor) -> Tensor | None:
+    """`fused_rows` of a packed batch (1, tokens, in): its spans count tokens."""
+    return _fused(base, [(s.branch, s.start, s.stop) for s in spans], x)
 
 
 def _fused(

@@ -21,21 +21,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.layers.routing import TokenSpans
+
 
 @dataclass(frozen=True)
 class Packing:
     """Where the tokens of each row are in a packed batch: the tree of its segments, in order.
 
     Attributes:
-        lengths: tokens of each segment, each at least 1; the last ones are what each row has for
-            itself, in the order of the rows.
+        lengths: tokens of each segment, each at least 1; behind those that rows share is what each
+            row has for itself, in the order of the rows.
         parents: the segment right in front of each one, an earlier one; -1 for the start of a row.
         device: where the packed batch is.
+        spans: an adapter's name and its stretch of the tokens, where each row names its own.
     """
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
     device: torch.device
+    spans: TokenSpans = ()
 
     @property
     def num_tokens(self) -> int:

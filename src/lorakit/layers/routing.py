@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from threading import get_ident
 from typing import Protocol
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from lorakit.errors import StateError
 
 Selection = str | None | tuple[str | None, ...]
+# An adapter's name, and its stretch of the tokens of a packed batch.
+TokenSpans = tuple[tuple[str, int, int], ...]
 
 
 @dataclass
@@ -24,6 +27,20 @@ class Routing:
 
     active: Selection = None
     merged: list[str] = field(default_factory=list[str])
+    # By thread: rows of one batch may run in several, each with a part of them. None: any thread,
+    # because a checkpoint is computed again in a thread of the device's.
+    _spans: dict[int | None, TokenSpans | None] = field(
+        default_factory=dict[int | None, TokenSpans | None], init=False
+    )
+
+    @property
+    def spans(self) -> TokenSpans | None:
+        """The stretches of the packed batch that runs in this thread; None: it is not packed."""
+        return self._spans.get(get_ident(), self._spans.get(None))
+
+    def lay_out(self, spans: TokenSpans | None) -> None:
+        """State how the batch that comes next in this thread is packed, until another selection."""
+        self._spans[get_ident()] = self._spans[None] = spans
 
     def select(self, selection: Selection) -> None:
         """Change the selection in place.
@@ -39,7 +56,12 @@ class Routing:
                     found=f"use(model, {selection!r})",
                     remedy="call unmerge(model) first",
                 )
+        self.resume(selection)
+
+    def resume(self, selection: Selection) -> None:
+        """Put back what was selected before, whatever is merged by now."""
         self.active = selection
+        self._spans.clear()
 
 
 def row_groups(rows: Sequence[str | None], batch: int, where: str) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -12,7 +14,12 @@ from lorakit.layers.packed import Packing
 
 
 def pack_rows(
-    input_ids: Tensor, lengths: Sequence[int], first_needed: Sequence[int], *, share: bool
+    input_ids: Tensor,
+    lengths: Sequence[int],
+    first_needed: Sequence[int],
+    *,
+    share: bool,
+    owners: Sequence[str | None] | None = None,
 ) -> tuple[Packing, Tensor]:
     """The packing of rows padded on the right, and where its tokens come from.
 
@@ -22,28 +29,51 @@ def pack_rows(
         first_needed: the first position of each row whose output is asked for; it and what is
             behind it are not shared.
         share: compute what rows begin with in common once, where that saves enough.
+        owners: the adapter of each row, where they differ: the tokens of neighbouring rows with one
+            adapter stand together, and only they share what they begin with.
 
     Returns:
         The packing, and (num_tokens,) int64, indices into the flattened `input_ids`.
     """
-    tree = _Tree(
-        input_ids.tolist() if share else [],
-        [min(first, n - 1) for first, n in zip(first_needed, lengths, strict=True)],
-    )
-    if share:
-        tree.grow(range(len(lengths)), 0, 0, -1)
-    rests = [(row, tree.ends[row], n, tree.leaves[row]) for row, n in enumerate(lengths)]
-    segments = [*tree.segments, *rests]
+    ids = input_ids.tolist() if share else []
+    limits = [min(first, n - 1) for first, n in zip(first_needed, lengths, strict=True)]
+    segments: list[tuple[int, int, int, int]] = []
+    spans: list[tuple[str, int, int]] = []
+    start = 0
+    for owner, same in groupby(enumerate(owners or [None] * len(lengths)), key=itemgetter(1)):
+        rows = [row for row, _ in same]
+        own = _segments(_Tree(ids, limits), rows, lengths, share=share)
+        # Parents are counted from the first segment of all.
+        before = len(segments)
+        segments += [
+            (row, begin, end, parent if parent < 0 else parent + before)
+            for row, begin, end, parent in own
+        ]
+        stop = start + sum(end - begin for _, begin, end, _ in own)
+        if isinstance(owner, str):
+            spans.append((owner, start, stop))
+        start = stop
     packing = Packing(
         tuple(end - begin for _, begin, end, _ in segments),
         tuple(parent for *_, parent in segments),
         input_ids.device,
+        tuple(spans),
     )
     width = input_ids.shape[1]
     source = torch.cat(
         [torch.arange(row * width + begin, row * width + end) for row, begin, end, _ in segments]
     )
     return packing, source.to(input_ids.device)
+
+
+def _segments(
+    tree: _Tree, rows: Sequence[int], lengths: Sequence[int], *, share: bool
+) -> list[tuple[int, int, int, int]]:
+    """What these rows share, as the tree has it, and behind it what each has for itself."""
+    if share:
+        tree.grow(rows, 0, 0, -1)
+    rests = [(row, tree.ends[row], lengths[row], tree.leaves[row]) for row in rows]
+    return [*tree.segments, *rests]
 
 
 # The fewest tokens that a segment of its own must save: what the operations on its blocks cost is

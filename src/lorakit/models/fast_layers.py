@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.decoder import LayerShape, Product, decoder_layer
 from lorakit.layers.fused import frozen_parameters
+from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.packed import Packing
 
 # Classes of transformers whose layer is norm, attention with rotary positions, norm, gated MLP.
@@ -77,7 +78,7 @@ def _forward(
     packing = given.get("packing")
     rotary = given.get("position_embeddings")
     if isinstance(packing, Packing) and rotary is not None:
-        found = _shape_of(layer, hidden_states)
+        found = _shape_of(layer, hidden_states, packing)
         if found is not None:
             shape, factors = found
             run = partial(_run, rotary=rotary, packing=packing, shape=shape)
@@ -100,7 +101,9 @@ def _run(
     return decoder_layer(x, rotary, packing, shape, list(factors))
 
 
-def _shape_of(layer: nn.Module, x: Tensor) -> tuple[LayerShape, list[Tensor]] | None:
+def _shape_of(
+    layer: nn.Module, x: Tensor, packing: Packing
+) -> tuple[LayerShape, list[Tensor]] | None:
     """The layer as the function takes it, and its factors; None where it must run its own way."""
     attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     norms = [layer.get_submodule(name) for name in _NORMS]
@@ -115,9 +118,9 @@ def _shape_of(layer: nn.Module, x: Tensor) -> tuple[LayerShape, list[Tensor]] | 
         return None
     products: list[Product] = []
     factors: list[Tensor] = []
-    for owner, names in ((attention, _ATTENTION), (mlp, _MLP)):
-        for name in names:
-            found = _product_of(owner.get_submodule(name))
+    for owner, parts in ((attention, _ATTENTION), (mlp, _MLP)):
+        for name in parts:
+            found = _product_of(owner.get_submodule(name), packing)
             if found is None:
                 return None
             products.append(found[0])
@@ -135,31 +138,54 @@ def _shape_of(layer: nn.Module, x: Tensor) -> tuple[LayerShape, list[Tensor]] | 
         groups=products[1].weight.shape[0] // width,
         scale=facts.scaling,
         dtype=dtype,
+        spans=_spans_of(packing),
     )
     return shape, factors
 
 
-def _product_of(module: nn.Module) -> tuple[Product, list[Tensor]] | None:
-    """A frozen linear layer with at most one plain update, or None."""
+def _spans_of(packing: Packing) -> tuple[tuple[int, int | None], ...]:
+    """The tokens of each adapter; all of them where one runs for the whole batch."""
+    return tuple((begin, end) for _, begin, end in packing.spans) or ((0, None),)
+
+
+def _product_of(module: nn.Module, packing: Packing) -> tuple[Product, list[Tensor]] | None:
+    """A frozen linear layer with at most one plain update of each adapter, or None."""
+    num_spans = len(_spans_of(packing))
     if not isinstance(module, AdaptedLayer):
         frozen = frozen_parameters(module)
-        return None if frozen is None else (Product(*frozen, None), [])
+        return None if frozen is None else (Product(*frozen, (None,) * num_spans), [])
     frozen = frozen_parameters(module.base)
     if frozen is None or _is_hooked(module):
         return None
-    active = module.routing.active
+    scalings: list[float | None] = []
+    factors: list[Tensor] = []
+    for name in _running(module, packing):
+        branch = None if name is None else module.branch_of(name)
+        update = None if branch is None else _plain_update(branch)
+        if branch is not None and update is None:
+            return None
+        scalings.append(None if update is None else update.scaling)
+        factors += [] if update is None else [update.down, update.lora_B]
+    return Product(*frozen, tuple(scalings)), factors
+
+
+def _running(module: AdaptedLayer, packing: Packing) -> list[str | None]:
+    """The adapter of each span, None for one that adds nothing."""
+    active, merged = module.routing.active, module.routing.merged
     if isinstance(active, tuple):
-        return None
-    branch = None if active is None or active in module.routing.merged else module.branch_of(active)
-    if branch is None:
-        return Product(*frozen, None), []
+        # An adapter that is merged runs for all rows already.
+        names: list[str | None] = [None if merged else name for name, _, _ in packing.spans]
+        return names or [None]
+    return [None if active in merged else active]
+
+
+def _plain_update(branch: Branch) -> LowRank | None:
+    """The only update of a layer, if it is s B A x and nothing else."""
     updates = branch.updates()
     if branch.bias is not None or len(updates) != 1 or not updates[0].fusable:
         return None
     update = updates[0]
-    if update.rows is not None or update.under_B is not None:
-        return None
-    return Product(*frozen, update.scaling), [update.down, update.lora_B]
+    return None if update.rows is not None or update.under_B is not None else update
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from lorakit.adapters.attach import active_adapter
+from lorakit.adapters.attachments import find_attachments
 from lorakit.errors import DataError, LorakitWarning, ModelError
 from lorakit.layers.adapted import Wrapper
 from lorakit.layers.chunked_loss import chunked_cross_entropy
@@ -205,7 +206,7 @@ class LabelHead:
         packed = self._packed(batch, mask)
         if packed is None:
             return []
-        return row_groups(self._model, batch, shared=packed.inputs["packing"].shared)
+        return row_groups(self._model, batch, shared=packed.packing.shared)
 
     def logits(self, batch: Batch) -> LabelLogits:
         """The float32 logits at the labelled positions of the batch.
@@ -252,6 +253,9 @@ class LabelHead:
         return mask, labels[mask]
 
     def _forward(self, batch: Batch, packed: PackedBatch | None = None) -> Tensor:
+        record = find_attachments(self._model)
+        if record is not None:
+            record.routing.lay_out(None if packed is None else packed.packing.spans)
         if packed is not None:
             return self._call(**packed.inputs, use_cache=False).logits
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}

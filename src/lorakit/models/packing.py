@@ -6,7 +6,7 @@ and lets them see each other in attention alone, and its attention is this packa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters.attach import active_adapter
+from lorakit.adapters.attachments import find_attachments
 from lorakit.layers.low_rank import LowRank
+from lorakit.layers.packed import Packing
 from lorakit.layers.prefix import find_prefix
 from lorakit.layers.segments import pack_rows
 from lorakit.models.attention import GROUPED
@@ -32,10 +34,12 @@ class PackedBatch:
     Attributes:
         inputs: what the model is called with.
         mask: (1, num_tokens) where an output is asked for.
+        packing: how the rows lie in it.
     """
 
     inputs: dict[str, Any]
     mask: Tensor
+    packing: Packing
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -50,12 +54,22 @@ def takes_packed(model: PreTrainedModel) -> bool:
         can_pack(model)
         and config._attn_implementation == GROUPED
         and find_prefix(model) is None
-        and not isinstance(active_adapter(model), tuple)
+        and not (isinstance(active_adapter(model), tuple) and _replaces(model))
     )
 
 
+def _replaces(model: PreTrainedModel) -> bool:
+    """Whether an adapter trains a module as a whole: it does not know of packed rows."""
+    record = find_attachments(model)
+    return record is not None and any(plan.overrides for plan in record.plans.values())
+
+
 def pack_batch(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], mask: Tensor
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    mask: Tensor,
+    *,
+    rows: Sequence[int] | None = None,
 ) -> PackedBatch | None:
     """The batch as one row, or None where it is not rows of tokens padded on the right.
 
@@ -63,6 +77,7 @@ def pack_batch(
         model: takes packed batches.
         batch: input_ids, attention_mask and labels, (rows, positions).
         mask: (rows, positions) where an output is asked for.
+        rows: which of the rows that name their adapters this batch is; None: all of them.
     """
     attention = batch.get("attention_mask")
     if attention is None or not batch.keys() <= _KEYS or attention.ndim != 2:
@@ -73,11 +88,19 @@ def pack_batch(
     lengths: list[int] = counts.tolist()
     if not bool(on_the_right) or min(lengths) < 1 or bool((mask & (attention == 0)).any()):
         return None
+    active = active_adapter(model)
+    owners = active if isinstance(active, tuple) else None
+    if owners is not None and rows is not None:
+        owners = tuple(owners[row] for row in rows)
+    if owners is not None and len(owners) != len(lengths):
+        return None
     asked = mask.long()
     first = torch.where(asked.any(1), asked.argmax(1), counts - 1)
     # A dropout draws for each row on its own.
     share = not (model.training and drops(model))
-    packing, source = pack_rows(batch["input_ids"], lengths, first.tolist(), share=share)
+    packing, source = pack_rows(
+        batch["input_ids"], lengths, first.tolist(), share=share, owners=owners
+    )
     window = getattr(model.config, "sliding_window", None)
     if window is not None and packing.longest > window:
         return None
@@ -88,7 +111,7 @@ def pack_batch(
         "attention_mask": torch.zeros(1, 1, 1, 1, device=source.device),
         "packing": packing,
     }
-    return PackedBatch(inputs, mask.flatten()[source][None])
+    return PackedBatch(inputs, mask.flatten()[source][None], packing)
 
 
 def drops(model: PreTrainedModel) -> bool:
