@@ -286,3 +286,59 @@ def wait_for(condition, process, seconds: float = 120.0) -> None:
         assert process.poll() is None, "the comparison ended before it could be killed"
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_lora_runs_trained_together_are_their_runs_alone_and_say_so(shared, tmp_path):
+    directory = tiny_runs.write_all(tmp_path)
+    model = {"base": values(directory)["base"] | {"model": str(shared / "model")}}
+    config = made(directory, together="yes", seeds=[0], **model)
+    result, said = run(config)
+    assert result.document["complete"]
+    assert any("together with 3 others" in line for line in said)
+    for cell in result.document["cells"]:
+        alone = record_of(shared, cell["cell"])
+        assert alone["trained"] == "alone"
+        assert cell["trained"] == "together"
+        assert len(cell["together_with"]) == (3 if cell["kind"] == "search" else 1)
+        assert cell["cell"] not in cell["together_with"]
+        for key in ("speed", "peak_bytes", "base_bytes", "seconds_per_step"):
+            assert cell[key] is None
+            assert cell["shared"][key] is not None
+        assert cell["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5)
+        for (step, loss), (own_step, own) in zip(
+            cell["eval_curve"], alone["eval_curve"], strict=True
+        ):
+            assert step == own_step
+            assert loss == pytest.approx(own, abs=1e-5)
+        assert set(cell) - {"shared", "together_with"} == set(alone) - {
+            "identity",
+            "versions",
+            "hardware",
+        }
+    for method in result.document["methods"]:
+        assert method["together"] == 1
+        assert method["memory"]["peak_bytes"] is None
+        assert method["speed"]["tokens_per_s"] is None
+        assert method["latency"]["merged"]["ratio"] > 0
+    assert "trained together" in (directory / "out" / "report.html").read_text()
+
+    # Broken off between training and its record, a cell is not trained again.
+    cell = directory / "out" / "cells" / "lora-qv" / "lr-0.001"
+    before = json.loads((cell / "cell.json").read_text())
+    stamp = (cell / "run.json").stat().st_mtime_ns
+    (cell / "cell.json").unlink()
+    assert run(made(directory, together="no", seeds=[0], **model))[0].remaining == ()
+    again = json.loads((cell / "cell.json").read_text())
+    assert (again["trained"], again["together_with"]) == ("together", before["together_with"])
+    assert (cell / "run.json").stat().st_mtime_ns == stamp
+
+
+def test_what_cannot_be_trained_together_is_refused_before_anything_runs(tmp_path):
+    directory = tiny_runs.write_all(tmp_path)
+    lora = {"r": 4, "alpha": 12, "targets": "qv", "dropout": 0.1}
+    methods = [{"name": "dropped", "method": "lora", "lora": lora}]
+    with pytest.raises(ConfigError, match="no two runs"):
+        run(made(directory, together="yes", methods=methods))
+    assert not (directory / "out" / "cells").exists()
+    with pytest.raises(ConfigError, match="together"):
+        made(directory, together="sometimes")

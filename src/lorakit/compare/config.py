@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorakit.compare.arms import Arm, read_arms
 from lorakit.errors import ConfigError, RequestError, unknown_name
@@ -181,6 +181,13 @@ class CompareConfig:
     eval: EvalSection = field(default_factory=EvalSection, metadata=_help("the final score"))
     latency: LatencySection = field(
         default_factory=LatencySection, metadata=_help("time of a forward pass beside the base")
+    )
+    together: Literal["auto", "yes", "no"] = field(
+        default="auto",
+        metadata=_help(
+            "train LoRA runs of one length in one batch, each equal to its run alone; auto: on a "
+            "GPU; their memory and speed are then shared, and not measured"
+        ),
     )
     keep_weights: bool = field(
         default=True,

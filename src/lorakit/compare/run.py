@@ -20,6 +20,7 @@ from lorakit.compare.classify_scores import require_scores
 from lorakit.compare.config import CompareConfig
 from lorakit.compare.estimate import Forecast, forecast
 from lorakit.compare.files import DataFiles, find_data
+from lorakit.compare.sharing import Sharing
 from lorakit.compare.summary import document
 from lorakit.compare.worker import Order, work
 from lorakit.compare.write import write_results
@@ -93,9 +94,12 @@ def compare(
         write_text(Path(config.output) / "compare.yaml", config.to_yaml())
         say(f"{len(comparison.records)} of {len(comparison.cells())} cells are finished")
         num_run = 0
+        comparison.sharing.check(comparison.chosen(), comparison.records, say)
         while (cell := comparison.next()) and num_run != choice.max_cells:
-            comparison.run(cell, say)
-            num_run += 1
+            left = None if choice.max_cells is None else choice.max_cells - num_run
+            group = comparison.sharing.group_of(cell, comparison.runnable())[:left]
+            comparison.run(group, say)
+            num_run += len(group)
             comparison.write(time.perf_counter() - started)
         found = comparison.write(time.perf_counter() - started)
         left = comparison.remaining()
@@ -124,6 +128,7 @@ class _Comparison:
         self.config = config
         self.data = data
         self.arms = arms
+        self.sharing = Sharing(config.together)
         self.records: dict[str, dict[str, Any]] = {}
         self._read()
 
@@ -131,13 +136,13 @@ class _Comparison:
         """All cells of all methods, as far as they are known."""
         return plan_cells(self.config, self.data, self.records)
 
+    def chosen(self) -> list[Cell]:
+        """The cells of the methods chosen."""
+        return [cell for cell in self.cells() if cell.arm.slug in self.arms]
+
     def remaining(self) -> list[Cell]:
-        """The cells that are not finished, of the methods chosen."""
-        return [
-            cell
-            for cell in self.cells()
-            if cell.arm.slug in self.arms and cell.name not in self.records
-        ]
+        """Those that are not finished."""
+        return [cell for cell in self.chosen() if cell.name not in self.records]
 
     def runnable(self) -> list[Cell]:
         """The remaining cells whose rate and length are known."""
@@ -147,40 +152,45 @@ class _Comparison:
         """The first cell to run."""
         return next(iter(self.runnable()), None)
 
-    def run(self, cell: Cell, say: Say) -> None:
-        """Run one cell in a process of its own, and read its record."""
-        config = cell.config
-        assert config is not None
-        directory = directory_of(self.config, cell)
-        log = directory.with_name(f"{directory.name}.log")
+    def run(self, cells: Sequence[Cell], say: Say) -> None:
+        """Run one cell, or several together, in a process of its own, and read their records."""
+        first = directory_of(self.config, cells[0])
+        log = first.with_name(f"{first.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        _in_process(
-            Order(
-                config=config,
-                header={
-                    "arm": cell.arm.name,
-                    "method": cell.arm.method,
-                    "cell": cell.name,
-                    "kind": cell.kind,
-                    "lr": cell.lr,
-                    "seed": cell.seed,
-                    "sha256": cell.sha256,
-                    "identity": cell.identity(),
-                },
-                measures=cell.measures,
-                evaluation=self.data.source,
-                keep_weights=self.config.keep_weights and cell.kind == "final",
-            ),
-            log,
-        )
-        record = read_record(directory, cell)
-        if record is None:
-            raise WorkError("a run left no record", where=str(directory), remedy=f"see {log}")
-        self.records[cell.name] = record
-        # What this cell settled may name a run that an earlier call has finished.
+        _in_process([self._order(cell) for cell in cells], log)
+        for cell in cells:
+            directory = directory_of(self.config, cell)
+            record = read_record(directory, cell)
+            if record is None:
+                raise WorkError("a run left no record", where=str(directory), remedy=f"see {log}")
+            self.records[cell.name] = record
+        # What these cells settled may name a run that an earlier call has finished.
         self._read()
         left = len(self.remaining())
-        say(f"{cell.name}: {_outcome(record)}, {format_duration(record['seconds'])}; {left} to go")
+        for cell in cells:
+            record = self.records[cell.name]
+            took = format_duration(record["seconds"])
+            how = f"together with {len(cells) - 1} others, " if len(cells) > 1 else ""
+            say(f"{cell.name}: {_outcome(record)}, {how}{took}; {left} to go")
+
+    def _order(self, cell: Cell) -> Order:
+        assert cell.config is not None
+        return Order(
+            config=cell.config,
+            header={
+                "arm": cell.arm.name,
+                "method": cell.arm.method,
+                "cell": cell.name,
+                "kind": cell.kind,
+                "lr": cell.lr,
+                "seed": cell.seed,
+                "sha256": cell.sha256,
+                "identity": cell.identity(),
+            },
+            measures=cell.measures,
+            evaluation=self.data.source,
+            keep_weights=self.config.keep_weights and cell.kind == "final",
+        )
 
     def write(self, seconds: float) -> dict[str, Any]:
         """Write what is known so far; returns compare.json's content."""
@@ -264,8 +274,8 @@ def _locked(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _in_process(order: Order, log: Path) -> None:
-    """Run an order in a fresh process; its error is raised here.
+def _in_process(orders: Sequence[Order], log: Path) -> None:
+    """Run orders in a fresh process; its error is raised here.
 
     Where the system has one, a fork server imports torch once for all cells: each begins as a
     fresh process would after its imports.
@@ -273,7 +283,7 @@ def _in_process(order: Order, log: Path) -> None:
     context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=work, args=(order, str(log), sender), name=order.header["cell"]
+        target=work, args=(orders, str(log), sender), name=orders[0].header["cell"]
     )
     with _term_as_interrupt():
         process.start()

@@ -74,6 +74,8 @@ def _method(
     mine = [record for record in finished if record["arm"] == arm.name]
     search = [record for record in mine if record["kind"] == "search"]
     final = [record for record in mine if record["kind"] == "final" and not record["failed"]]
+    # Time and memory of runs that were trained together are no single run's.
+    alone = [record for record in final if record.get("trained", "alone") == "alone"]
     known = final or [record for record in mine if not record["failed"]]
     return {
         "name": arm.name,
@@ -84,11 +86,12 @@ def _method(
         "checkpoint_bytes": _first(known, "checkpoint_bytes"),
         "scores": _scores(final),
         "eval_loss": _over(final, "eval_loss"),
-        "memory": _memory(final),
+        "memory": _memory(alone),
         "speed": {
-            key: median(record["speed"][key] for record in final) if final else None
+            key: median(record["speed"][key] for record in alone) if alone else None
             for key in ("tokens_per_s", "examples_per_s")
         },
+        "together": len(final) - len(alone),
         "latency": next((record["latency"] for record in final if record["latency"]), None),
         "steps": _first(final, "steps"),
         "seconds": {

@@ -1,7 +1,8 @@
 """One cell in a process of its own: train, score, measure, record.
 
 A process for each cell, because the peak of a process's memory never falls: the second run in one
-process would report the first one's.
+process would report the first one's. Cells that are trained together share a process, and what it
+measures.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -23,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lorakit.compare.beside import BESIDE, beside, train_beside, trained_beside
 from lorakit.compare.cells import RECORD
 from lorakit.compare.latency import measure_latency
 from lorakit.compare.scores import score_rows, validation_score
@@ -59,8 +62,8 @@ class Order:
     keep_weights: bool
 
 
-def work(order: Order, log: str, pipe: Connection) -> None:
-    """Run a cell in this process; sends the error, or None, through the pipe.
+def work(orders: Sequence[Order], log: str, pipe: Connection) -> None:
+    """Run cells in this process; sends the error, or None, through the pipe.
 
     Everything that is printed goes to the log.
     """
@@ -71,7 +74,7 @@ def work(order: Order, log: str, pipe: Connection) -> None:
         os.dup2(stream, descriptor)
     _stop_with_parent()
     try:
-        run_cell(order)
+        run_cells(orders)
     except LorakitError as error:
         say_on_stderr(str(error))
         pipe.send(error)
@@ -90,24 +93,36 @@ def work(order: Order, log: str, pipe: Connection) -> None:
         pipe.send(None)
 
 
-def run_cell(order: Order) -> dict[str, Any]:
-    """Train, score and measure one cell, and write its record; goes on where it was broken off.
+def run_cells(orders: Sequence[Order]) -> list[dict[str, Any]]:
+    """Train, score and measure cells, and write their records; goes on where it was broken off.
 
-    A loss that is not finite is a result (this rate does not work), not an error.
+    Several are trained together. A loss that is not finite is a result (this rate does not work),
+    not an error.
 
     Returns:
-        The record, as cell.json has it.
+        The records, as cell.json has them.
 
     Raises:
         RequestError: what is asked for cannot be.
-        TrainingPaused: a signal came; the same order goes on.
+        TrainingPaused: a signal came; the same orders go on.
     """
-    directory = Path(order.config.output)
+    with ExitStack() as stack:
+        for order in orders:
+            stack.enter_context(_locked(Path(order.config.output)))
+        started = time.perf_counter()
+        # A cell that was begun beside others goes on as it began.
+        if len(orders) > 1 or (Path(orders[0].config.output) / BESIDE).is_file():
+            train_beside([order.config for order in orders])
+        each_s = (time.perf_counter() - started) / len(orders)
+        return [_run_locked(order, Path(order.config.output), each_s) for order in orders]
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(f"{directory}.lock", timeout=_WAIT_FOR_ORPHAN_S)
-        with lock:
-            return _run_locked(order, directory)
+        with FileLock(f"{directory}.lock", timeout=_WAIT_FOR_ORPHAN_S):
+            yield
     except Timeout as error:
         raise OutputError(
             "another process works on this cell",
@@ -116,8 +131,9 @@ def run_cell(order: Order) -> dict[str, Any]:
         ) from error
 
 
-def _run_locked(order: Order, directory: Path) -> dict[str, Any]:
-    started = time.perf_counter()
+def _run_locked(order: Order, directory: Path, before_s: float) -> dict[str, Any]:
+    """One cell of a process; `before_s` is its part of the time in which all were trained."""
+    started = time.perf_counter() - before_s
     record: dict[str, Any] = {
         **order.header,
         "failed": None,
@@ -132,6 +148,7 @@ def _run_locked(order: Order, directory: Path) -> dict[str, Any]:
         record["failed"] = str(error)
     else:
         record.update(_of_run(run), eval_curve=_eval_curve(directory))
+        record.update(_shared(record, directory))
         record.update(_measured(order, directory, run))
     _clean(directory, keep_weights=order.keep_weights)
     record["seconds"] = time.perf_counter() - started
@@ -144,6 +161,9 @@ def _run_locked(order: Order, directory: Path) -> dict[str, Any]:
 
 def _trained(config: TrainConfig, directory: Path) -> dict[str, Any]:
     """The run's record: of a finished run, of one that goes on, or of a fresh one."""
+    together = trained_beside(config)
+    if together is not None:
+        return together
     config_file, run_file = directory / "config.yaml", directory / "run.json"
     if config_file.is_file() and TrainConfig.from_dict(read_mapping(config_file)) == config:
         if run_file.is_file():
@@ -176,6 +196,20 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
         "train_s": run["timing"]["total_s"],
         "precision": run["precision"],
         "notes": [*run["adapter"]["notes"], *run["warnings"]],
+    }
+
+
+def _shared(record: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """What was measured of several cells at once is no measurement of this one."""
+    cells = beside(directory)
+    if len(cells) < 2:
+        return {"trained": "alone"}
+    measured = ("speed", "seconds_per_step", "peak_bytes", "base_bytes", "train_s")
+    return {
+        "trained": "together",
+        "together_with": [name for name in cells if name != record["cell"]],
+        "shared": {name: record[name] for name in measured},
+        **dict.fromkeys(measured),
     }
 
 

@@ -109,6 +109,12 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
             "tried."
             for run in lr.get("abandoned", ())
         ]
+        if method.get("together"):
+            remarks.append(
+                f"{method['name']}: {method['together']} of the runs were trained together with "
+                "others, each equal to its run alone; their memory and speed are shared and not in "
+                "the table."
+            )
         refused = ((method["latency"] or {}).get("merged") or {}).get("refused")
         if refused:
             remarks.append(f"{method['name']} cannot be merged: {refused}.")

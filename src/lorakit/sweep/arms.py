@@ -184,11 +184,19 @@ def _one_length(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return values
 
 
-def _check(config: TrainConfig, every: int | None) -> None:
-    """Refuse an arm whose run beside others would not be its run alone."""
+def require_beside(config: TrainConfig) -> None:
+    """Refuse a run that would not be its run alone beside others.
+
+    Raises:
+        ConfigError: with the reason.
+    """
     for refused, where, what, found, remedy in _refusals(config):
         if refused:
             raise ConfigError(what, where=where, found=found, remedy=remedy)
+
+
+def _check(config: TrainConfig, every: int | None) -> None:
+    require_beside(config)
     own = config.train.eval_every
     if every is not None and (own == "epoch" or every % own):
         raise ConfigError(

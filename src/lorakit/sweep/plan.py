@@ -26,31 +26,40 @@ _STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepPlan:
-    """A sweep before it starts.
+class ArmsPlan:
+    """Runs that may share their batches, before they start.
 
     Attributes:
-        config: what was asked for.
-        arms: the runs, in the order of the config.
+        arms: the runs, in their order.
         prepared: each arm's name -> its run, prepared.
         together: how many share a batch.
         memory: at the fullest moment of a step of the largest of them.
         free_bytes: memory that was free.
-        rungs: steps after which arms are dropped.
     """
 
-    config: SweepConfig
     arms: tuple[Arm, ...]
     prepared: dict[str, Preparation]
     together: int
     memory: MemoryEstimate
     free_bytes: int
-    rungs: tuple[int, ...]
 
     @property
     def comparable(self) -> bool:
         """Whether all arms are validated on the same rows."""
         return len({_validation(p) for p in self.prepared.values()}) == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan(ArmsPlan):
+    """A sweep before it starts.
+
+    Attributes:
+        config: what was asked for.
+        rungs: steps after which arms are dropped.
+    """
+
+    config: SweepConfig
+    rungs: tuple[int, ...]
 
     @property
     def num_steps(self) -> int:
@@ -111,20 +120,38 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         RequestError: an arm that cannot be, alone or beside the others, with the reason.
         MemoryPlanError: the arms that are asked for together do not fit.
     """
-    arms = make_arms(config)
+    found = plan_arms(make_arms(config), together=config.sweep.together)
+    runs = list(found.prepared.values())
+    _check_halving(config, runs)
+    return SweepPlan(
+        **vars(found),
+        config=config,
+        rungs=rungs(config.sweep.halving, len(runs), runs[0].max_steps),
+    )
+
+
+def plan_arms(arms: Sequence[Arm], *, together: int | None = None) -> ArmsPlan:
+    """Check and prepare runs that are to share their batches; nothing is loaded or written.
+
+    Args:
+        arms: the runs, each of which `require_beside` accepts.
+        together: how many share a batch; None: as many as fit.
+
+    Raises:
+        RequestError: an arm that cannot be, alone or beside the others, with the reason.
+        MemoryPlanError: the arms that are asked for together do not fit.
+    """
     prepared = _prepare_all(arms)
     runs = list(prepared.values())
     _check_model(runs[0].objective.empty_model(), runs)
-    _check_comparable(config, arms, runs)
-    together, memory = _together(config, arms, prepared)
-    return SweepPlan(
-        config=config,
+    _check_shared(arms, runs)
+    count, memory = _together(together, arms, prepared)
+    return ArmsPlan(
         arms=tuple(arms),
         prepared=prepared,
-        together=together,
+        together=count,
         memory=memory,
         free_bytes=runs[0].free_bytes,
-        rungs=rungs(config.sweep.halving, len(arms), runs[0].max_steps),
     )
 
 
@@ -186,9 +213,7 @@ def _check_model(base: PreTrainedModel, runs: Sequence[Preparation]) -> None:
             raise ModelError(what, where=name, found=found, remedy=remedy)
 
 
-def _check_comparable(
-    config: SweepConfig, arms: Sequence[Arm], runs: Sequence[Preparation]
-) -> None:
+def _check_shared(arms: Sequence[Arm], runs: Sequence[Preparation]) -> None:
     if any(arm.config.train.max_minutes is not None for arm in arms):
         raise ConfigError(
             "arms are compared after the same steps, not after a time",
@@ -207,6 +232,9 @@ def _check_comparable(
             expected="the same seed, and rows with the same classes",
             remedy="train them one at a time with lorakit train",
         )
+
+
+def _check_halving(config: SweepConfig, runs: Sequence[Preparation]) -> None:
     if config.sweep.halving.every is None:
         return
     if len({run.max_steps for run in runs}) > 1 or len({_validation(run) for run in runs}) > 1:
@@ -220,10 +248,9 @@ def _check_comparable(
 
 
 def _together(
-    config: SweepConfig, arms: Sequence[Arm], prepared: dict[str, Preparation]
+    asked: int | None, arms: Sequence[Arm], prepared: dict[str, Preparation]
 ) -> tuple[int, MemoryEstimate]:
     """How many arms share a batch, and what the largest such batch takes."""
-    asked = config.sweep.together
     largest = sorted(arms, key=lambda arm: -prepared[arm.name].memory.total_bytes)
     count = min(asked or _MOST_TOGETHER, len(arms))
     while True:

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 from lorakit.progress import Bar
 from lorakit.sweep.arms import Arm
 from lorakit.sweep.files import ArmFiles
-from lorakit.sweep.plan import SweepPlan
+from lorakit.sweep.plan import ArmsPlan
 from lorakit.train.base import LoadedBase, load_base
 from lorakit.train.interrupt import TrainingPaused
 from lorakit.train.member import Member
@@ -47,12 +47,12 @@ class ArmTrainer:
     """Trains arms here; the base is loaded when the first one needs it.
 
     Args:
-        plan: the sweep.
+        plan: the runs, of a sweep or others.
         say: takes a line for the user.
         warned: what was warned of so far, for the records; read when an arm ends.
     """
 
-    def __init__(self, plan: SweepPlan, say: Say, warned: list[str]) -> None:
+    def __init__(self, plan: ArmsPlan, say: Say, warned: list[str]) -> None:
         self.plan = plan
         self.say = say
         self.warned = warned
