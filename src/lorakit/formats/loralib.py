@@ -70,6 +70,7 @@ class LoralibFormat:
                 remedy="give it: --alpha 16",
             )
         tensors = _state(file)
+        _refuse_torchtune(tensors, file)
         pairs = pairs_of(tensors, _ENDINGS, file)
         names = Names(given.model)
         own = names.require(list(pairs), file)
@@ -144,6 +145,16 @@ def _state(file: Path) -> dict[str, Tensor]:
             "the file holds no state dict", where=str(file), found=type(loaded).__name__
         )
     return {str(k): widened(v) for k, v in loaded.items() if isinstance(v, Tensor)}
+
+
+def _refuse_torchtune(tensors: Mapping[str, Tensor], file: Path) -> None:
+    if any(key.endswith(".lora_a.weight") for key in tensors):
+        raise AdapterFileError(
+            "these are torchtune's names, and rows of q and k in another order than Hugging Face's",
+            where=str(file),
+            expected="the adapter in PEFT's layout, which torchtune writes beside its own",
+            remedy=f"give the directory with adapter_config.json near {file.parent}",
+        )
 
 
 def _chosen(

@@ -13,6 +13,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError, LorakitWarning, SpecError
 from lorakit.files import read_json
+from lorakit.formats.passport import PASSPORT_NAME
 from lorakit.math.scaling import alpha_for
 
 CONFIG_NAME = "adapter_config.json"
@@ -57,18 +58,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_NAME
     if not path.is_file():
-        inside = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_NAME}"))
-        raise AdapterFileError(
-            "there is no adapter here",
-            where=str(directory),
-            expected=f"a directory with {CONFIG_NAME}",
-            found="a file"
-            if directory.is_file()
-            else ("nothing" if not directory.exists() else "no such file in the directory"),
-            remedy=f"there are adapters in {', '.join(str(directory / n) for n in inside[:5])}"
-            if inside
-            else "give the directory that holds it",
-        )
+        raise no_adapter_here(directory)
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:
@@ -89,6 +79,29 @@ def read_config(directory: Path) -> dict[str, Any]:
         )
     _refuse(config, path)
     return config
+
+
+def no_adapter_here(path: Path) -> AdapterFileError:
+    """The error for a path that holds no adapter, with the adapters that lie near it."""
+    names = (CONFIG_NAME, PASSPORT_NAME)
+    if path.is_dir():
+        near = {
+            found.parent
+            for depth in ("*", "*/*")
+            for n in names
+            for found in path.glob(f"{depth}/{n}")
+        }
+    else:
+        near = {path.parent for name in names if (path.parent / name).is_file()}
+    inside = ", ".join(str(directory) for directory in sorted(near)[:5])
+    found = "no such file in the directory" if path.is_dir() else "a file"
+    return AdapterFileError(
+        "there is no adapter here",
+        where=str(path),
+        expected=f"a directory with {PASSPORT_NAME}, or one in PEFT's layout ({CONFIG_NAME})",
+        found=found if path.exists() else "nothing",
+        remedy=f"there are adapters in {inside}" if inside else "give the directory that holds it",
+    )
 
 
 def _refuse(config: Mapping[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakit.errors import AdapterFileError
 from lorakit.files import atomic_directory, read_json, write_json
 from lorakit.formats.passport import PASSPORT_NAME
-from lorakit.formats.peft_config import CONFIG_NAME
+from lorakit.formats.peft_config import CONFIG_NAME, no_adapter_here
 
 STATE_NAME = "method.safetensors"
 _FORMAT = 1
@@ -82,7 +82,7 @@ def read_saved(path: str | Path) -> Saved:
     if not file.is_file():
         if in_peft_layout:
             return Saved(path, "lora", {}, {})
-        raise _nothing_here(path)
+        raise no_adapter_here(path)
     document = _read_document(file)
     if in_peft_layout:
         return Saved(path, "lora", {}, document)
@@ -96,19 +96,6 @@ def read_saved(path: str | Path) -> Saved:
         )
     facts = {k: v for k, v in document.items() if k not in ("format", "method", "options")}
     return Saved(path, name, dict(options), facts)
-
-
-def _nothing_here(path: Path) -> AdapterFileError:
-    below = {p.parent for name in (PASSPORT_NAME, CONFIG_NAME) for p in path.glob(f"*/{name}")}
-    inside = ", ".join(str(directory) for directory in sorted(below)[:5])
-    found = "no such file in the directory" if path.is_dir() else "a file"
-    return AdapterFileError(
-        "there is no adapter here",
-        where=str(path),
-        expected=f"a directory with {PASSPORT_NAME}, or one in PEFT's layout ({CONFIG_NAME})",
-        found=found if path.exists() else "nothing",
-        remedy=f"there are adapters in {inside}" if inside else "give the directory that holds it",
-    )
 
 
 def _read_document(file: Path) -> dict[str, Any]:

@@ -178,6 +178,14 @@ def test_what_a_loralib_file_does_not_say(tmp_path: Path) -> None:
         convert(made, tmp_path / "wrong", "peft", base=base, options=wrong)
 
 
+def test_torchtunes_own_names_are_not_taken_for_loralibs(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_0.pt"
+    key = "layers.0.attn.q_proj.lora_{}.weight"
+    torch.save({key.format("a"): torch.ones(3, 32), key.format("b"): torch.ones(32, 3)}, file)
+    with pytest.raises(AdapterFileError, match="torchtune"):
+        convert(file, tmp_path / "a", "peft", base=str(base), options=ConvertOptions(alpha=6))
+
+
 def test_foreign_files_that_do_not_fit(base: Path, tmp_path: Path) -> None:
     adapter = saved_adapter("llama", tmp_path, targets=("q_proj",), r=3)
     record = convert(adapter, tmp_path / "kohya", "kohya", base=str(base))

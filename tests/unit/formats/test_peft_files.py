@@ -38,6 +38,7 @@ from lorakit.errors import (
 )
 from lorakit.formats.peft import load_adapter, save_adapter
 from lorakit.formats.peft_config import named_base
+from lorakit.methods.files import read_saved
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -535,8 +536,11 @@ def test_no_directory_and_a_directory_of_adapters_say_what_is_there(tmp_path: Pa
         load_adapter(model, tmp_path / "absent")
     attach(model, LoraSpec())
     save_adapter(model, tmp_path / "many" / "sql")
-    with pytest.raises(AdapterFileError, match="sql"):
-        load_adapter(tiny_models.build("llama"), tmp_path / "many")
+    for above in (tmp_path, tmp_path / "many", tmp_path / "many" / "sql" / TENSORS):
+        with pytest.raises(AdapterFileError, match=r"there are adapters in .*many/sql"):
+            load_adapter(tiny_models.build("llama"), above)
+        with pytest.raises(AdapterFileError, match=r"there are adapters in .*many/sql"):
+            read_saved(above)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../b", "..", ".", "con\0"])
