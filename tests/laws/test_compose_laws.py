@@ -19,6 +19,7 @@ from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.composition.compose import compose, compose_parts
 from lorakit.adapters.composition.recipe import Part, Recipe
 from lorakit.adapters.extract import adapter_from_model
+from lorakit.adapters.fold import merge
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, BaseMismatchError, SpecError
@@ -329,6 +330,27 @@ def test_what_is_trained_beside_is_combined_in_its_difference() -> None:
     torch.testing.assert_close(
         half.overrides[name], (one.overrides[name] + two.overrides[name]) / 2
     )
+
+
+@pytest.mark.parametrize("how", ["cat", "ties"])
+def test_a_layer_that_one_part_replaces_and_another_adapts_has_both(
+    how: str, tmp_path: Path
+) -> None:
+    model = tiny_models.build("llama")
+    adapts = learned("llama", LoraSpec(targets=("q_proj", "lm_head"), r=3, alpha=7.0), seed=1)
+    replaces = learned("llama", LoraSpec(targets=("q_proj",), also_train=("lm_head",)), seed=2)
+    density = None if how == "cat" else 1.0
+    made = compose({adapts: 0.6, replaces: -1.5}, how, density=density, base=model)
+    before = model.get_parameter("lm_head.weight").detach().clone()
+    wanted = 0.6 * adapts.delta("lm_head") - 1.5 * (replaces.overrides["lm_head.weight"] - before)
+    if how == "ties":  # nothing disagrees in one term: the disjoint mean is it, times the total
+        wanted = wanted + (2.1 - 0.6) * adapts.delta("lm_head")
+    assert "lm_head" not in made.modules()
+    made.save(tmp_path / "made")
+    bind_adapter(model, read_adapter(tmp_path / "made"), "made", any_base=True)
+    merge(model, "made")
+    detach(model)
+    torch.testing.assert_close(model.get_parameter("lm_head.weight").detach() - before, wanted)
 
 
 def test_the_passport_names_the_parts() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorakit.analysis.updates import Source, Update
 from lorakit.errors import RequestError
+from lorakit.math.interference import dense_sign_conflict
 from lorakit.math.subspace import (
     chance_similarity,
     inner_product,
@@ -55,8 +56,8 @@ class Agreement:
         cosine: <dW1, dW2> / (||dW1|| ||dW2||): 1 the same direction, -1 opposite, 0 unrelated.
         inputs: phi of the right directions: whether both read the same.
         outputs: phi of the left directions: whether both write the same.
-        sign_conflict: the share of entries whose signs differ, weighted by the product of their
-            sizes; 0.5 is chance.
+        sign_conflict: as `lorakit compose` predicts it: over all numbers, each counted with the
+            smaller of the two magnitudes, the share where the signs differ; 0.5 is chance.
     """
 
     site: str
@@ -155,15 +156,13 @@ def agreement(first: Update, second: Update) -> Agreement:
         )
     else:
         inner = float((one.double() * other.double()).sum())
-    product = one * other
-    weight = float(product.abs().double().sum())
     return Agreement(
         site=first.site,
         norms=norms,
         cosine=inner / (norms[0] * norms[1]) if norms[0] and norms[1] else 0.0,
         inputs=_whole(first, second, "delta-in"),
         outputs=_whole(first, second, "delta-out"),
-        sign_conflict=float(-product.clamp(max=0).double().sum()) / weight if weight else 0.0,
+        sign_conflict=dense_sign_conflict(one, other),
     )
 
 

@@ -71,8 +71,18 @@ def sign_conflict(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -
     step = max(1, _BLOCK // first[1].shape[1])
     opposed = common = 0.0
     for rows1, rows2 in zip(first[0].split(step), second[0].split(step), strict=True):
-        one, two = rows1 @ first[1], rows2 @ second[1]
-        smaller = torch.minimum(one.abs(), two.abs())
-        common += float(smaller.sum())
-        opposed += float(smaller[torch.sign(one) != torch.sign(two)].sum())
+        found = _opposed_and_common(rows1 @ first[1], rows2 @ second[1])
+        opposed, common = opposed + found[0], common + found[1]
     return opposed / common if common else 0.0
+
+
+def dense_sign_conflict(first: Tensor, second: Tensor) -> float:
+    """The same of two changes that are at hand as matrices, (out, in)."""
+    opposed, common = _opposed_and_common(first, second)
+    return opposed / common if common else 0.0
+
+
+def _opposed_and_common(one: Tensor, two: Tensor) -> tuple[float, float]:
+    """Sums of the smaller magnitudes: where the signs differ, and of all numbers."""
+    smaller = torch.minimum(one.abs(), two.abs()).double()
+    return float(smaller[torch.sign(one) != torch.sign(two)].sum()), float(smaller.sum())

@@ -48,23 +48,28 @@ class GenerationEstimate:
         }
 
 
+def can_answer(model: PreTrainedModel) -> bool:
+    """Whether the model writes text: a masked language model has a head as well, and does not."""
+    return model.can_generate() and head_of(model) is not None
+
+
 def estimate_generation(
     model: PreTrainedModel, *, rows: int, positions: int, setup: TrainingSetup
 ) -> GenerationEstimate:
     """Run the pass over a prompt on tensors without memory, and count; changes nothing.
 
     Args:
-        model: the base on the meta device, with a language-modelling head.
+        model: the base on the meta device, with a head that predicts the next token.
         rows: answers at the same time.
         positions: prompt and answer together, taken as one prompt: the longest pass there can be.
         setup: how the numbers are held; checkpointing plays no part.
 
     Raises:
-        ModelError: the model has no language-modelling head, or cannot be run without values.
+        ModelError: the model does not generate, or cannot be run without values.
     """
-    if head_of(model) is None:
+    if not can_answer(model):
         raise ModelError(
-            "this model does not generate: it has no language-modelling head",
+            "this model does not generate: it has no head that predicts the next token",
             where=type(model).__name__,
         )
     own = copy.deepcopy(model)

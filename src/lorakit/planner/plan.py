@@ -19,7 +19,7 @@ from lorakit.models.quantizable import holds_four_bit, mark_four_bit
 from lorakit.models.task_head import ClassificationHead
 from lorakit.planner.advice import Change, rank_changes
 from lorakit.planner.devices import Fit, fits
-from lorakit.planner.generation import GenerationEstimate, estimate_generation
+from lorakit.planner.generation import GenerationEstimate, can_answer, estimate_generation
 from lorakit.planner.memory import (
     MemoryEstimate,
     TrainingEstimate,
@@ -28,7 +28,7 @@ from lorakit.planner.memory import (
 )
 from lorakit.planner.network import NetworkCost, estimate_network, shard_bytes
 from lorakit.planner.shapes import planned_config
-from lorakit.planner.step import BatchShape, head_of
+from lorakit.planner.step import BatchShape
 from lorakit.planner.time import Calibration, calibrate, estimate_seconds
 
 _LEARNED_FLOAT_BYTES = 4
@@ -264,7 +264,7 @@ def plan_run(request: RunRequest) -> RunPlan:
         gpu_setup = _setup(request, "cuda", in_place=in_place, four_bit=four_bit)
         on_gpu = estimate_training(model, method, request.batch, gpu_setup)
     generation = None
-    if head_of(model) is not None and training.counts is not None:
+    if can_answer(model) and training.counts is not None:
         generation = estimate_generation(model, rows=1, positions=request.length, setup=setup)
     return RunPlan(
         request=request,

@@ -142,7 +142,8 @@ def test_two_adapters_are_compared_site_by_site(llama, pair):
         d1, d2 = one.factors[both.site].delta(), other.factors[both.site].delta()
         cosine = float((d1 * d2).sum() / (d1.norm() * d2.norm()))
         assert both.cosine == pytest.approx(cosine, abs=1e-5)
-        conflict = float((-(d1 * d2).clamp(max=0)).sum() / (d1 * d2).abs().sum())
+        smaller = torch.minimum(d1.abs(), d2.abs())
+        conflict = float(smaller[d1 * d2 < 0].sum() / smaller.sum())
         assert both.sign_conflict == pytest.approx(conflict, abs=1e-5)
 
 

@@ -1,10 +1,12 @@
 import json
 
 import pytest
+from transformers import BertConfig
 
 from lorakit.cli.main import main
 from lorakit.errors import ModelError, RequestError
 from lorakit.planner.devices import CONTEXT_BYTES, GPU_KINDS, fits
+from lorakit.planner.generation import estimate_generation
 from lorakit.planner.plan import RunRequest, plan_run
 
 SHAPE = {"batch_size": 2, "length": 24, "labels": 10}
@@ -125,6 +127,23 @@ def test_a_classifier_is_planned_with_its_head(directory):
     assert plain.generation is not None
     # No vocabulary to predict: 128 x 32 less, 3 x 32 more.
     assert plain.num_base_params - headed.num_base_params == (128 - 3) * 32
+
+
+def test_a_masked_language_model_is_planned_and_does_not_generate(tmp_path):
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        architectures=["BertForMaskedLM"],
+    )
+    config.save_pretrained(tmp_path)
+    found = plan_run(RunRequest(model=tmp_path, **SHAPE))
+    assert found.generation is None
+    assert found.memory.activations_bytes > 0
+    with pytest.raises(ModelError, match="does not generate"):
+        estimate_generation(found.model, rows=1, positions=8, setup=found.setup)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.composition.recipe import Part
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import SpecError
@@ -21,6 +21,33 @@ def combined_biases(parts: Sequence[Part], base: nn.Module | None) -> dict[str, 
 def combined_overrides(parts: Sequence[Part], base: nn.Module | None) -> dict[str, Tensor]:
     """Parameters trained beside, p0 + the sum of w (p - p0); see `_combine`."""
     return _combine(parts, base, lambda adapter: adapter.overrides, ending="")
+
+
+def fold_into_overrides(
+    factors: Mapping[str, Factors], overrides: Mapping[str, Tensor]
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """Add low-rank changes to the weights that another part replaces whole.
+
+    A layer is either adapted or replaced: in a file with both, one of them would be lost on load.
+    p0 + the sum of w (p - p0) + the change B A is itself a replaced weight.
+
+    Args:
+        factors: of the result, none of them DoRA.
+        overrides: of the result; not changed.
+
+    Returns:
+        The factors that stay factors, and the overrides with the others added.
+    """
+    kept: dict[str, Factors] = {}
+    changed = dict(overrides)
+    for site, update in factors.items():
+        name = f"{update.module}.weight"
+        if name not in changed:
+            kept[site] = update
+            continue
+        value = changed[name]
+        changed[name] = (value.double() + update.delta().double()).to(value.dtype)
+    return kept, changed
 
 
 def _combine(

@@ -11,7 +11,11 @@ from torch import nn
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.bind import plan_binding
-from lorakit.adapters.composition.beside import combined_biases, combined_overrides
+from lorakit.adapters.composition.beside import (
+    combined_biases,
+    combined_overrides,
+    fold_into_overrides,
+)
 from lorakit.adapters.composition.identity import common_facts, require_common_base
 from lorakit.adapters.composition.recipe import Part, Recipe, check_parts
 from lorakit.adapters.composition.sites import CommonSite, common_sites
@@ -128,6 +132,7 @@ def compose_parts(
         r = held.A.shape[0]
         composed.append(ComposedSite(site.name, r, held.norm, held.error, len(site.terms)))
     biases, overrides = combined_biases(counting, base), combined_overrides(counting, base)
+    factors, overrides = fold_into_overrides(factors, overrides)
     adapter = Adapter(
         spec=_spec(counting, factors, rule),
         factors=factors,
