@@ -8,6 +8,7 @@ Needs `pip install xllamacpp`, llama.cpp in a wheel.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import random
 import shutil
@@ -84,6 +85,7 @@ def _rounds(
         if not index:
             continue
         yield {
+            "xllamacpp": importlib.metadata.version("xllamacpp"),
             "prompt": PROMPT,
             "answer": limit,
             "r": 8,

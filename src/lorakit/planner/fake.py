@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.models.quantizable import quantizable
+
+# What an operator without a fake raises is told in a note of the plan; torch logs its traceback too.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def keep_in(model: PreTrainedModel, dtype: torch.dtype, *, four_bit: bool) -> list[nn.Linear]:
