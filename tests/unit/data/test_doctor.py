@@ -20,9 +20,15 @@ ROWS = [
 @pytest.fixture
 def base(tmp_path, tiny):
     directory = tmp_path / "base"
-    tiny("llama").save_pretrained(directory)
-    make_tokenizer(CHATML, eos="<|im_end|>", pad="<|im_end|>").save_pretrained(directory)
+    write_base(directory, tiny("llama"), CHATML)
     return directory
+
+
+def write_base(directory, model, template):
+    tokenizer = make_tokenizer(template, eos="<|im_end|>", pad="<|im_end|>")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 @pytest.fixture
