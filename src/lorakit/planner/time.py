@@ -18,7 +18,7 @@ from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.methods.base import Method
 from lorakit.methods.registry import build_method
 from lorakit.models.attention import GROUPED, use_attention
-from lorakit.models.checkpointing import checkpoint_activations
+from lorakit.models.checkpointing import checkpoint_activations, return_freed_memory
 from lorakit.models.fast_layers import use_fast_layers
 from lorakit.models.label_head import LabelHead
 from lorakit.models.load import model_class
@@ -93,6 +93,7 @@ def calibrate(
     use_fast_layers(model)
     if setup.checkpointing:
         checkpoint_activations(model)
+        return_freed_memory(torch.device(setup.device))
     model.train()
     groups = fresh.param_groups(model, 1e-4)
     optimizer = torch.optim.AdamW(groups, fused=True)
