@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.layers.rms_norm import use_fast_norms
 from lorakit.models.quantizable import quantizable
 
-# What an operator without a fake raises is told in a note of the plan; torch logs its traceback too.
+# What an operator without a fake raises stands in a note of the plan; torch logs its traceback too.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
