@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit as lk
 from lorakit.data.sources import load_rows
@@ -35,9 +34,9 @@ from lorakit.environment import command_line, hardware, supports_bf16, versions
 from lorakit.evaluate.options import EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import write_json
-from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 from lorakit.train.run import TrainResult, train
+from tiny_model import write_tiny
 from train_speed import RESULTS
 
 CONFIG = Path(__file__).with_name("grpo_sql.yaml")
@@ -54,7 +53,7 @@ def main() -> None:
     adapter = None if args.adapter is None else args.adapter.resolve()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if args.tiny:
-            args.model = str(_write_tiny(args.model, Path("model")))
+            args.model = str(write_tiny(args.model, Path("model")))
         _write_data(args)
         sft = None
         if adapter is None:
@@ -98,17 +97,6 @@ def _arguments() -> argparse.Namespace:
     if args.tiny:
         args.prompts, args.held_back = min(args.prompts, 12), min(args.held_back, 6)
     return args
-
-
-def _write_tiny(model: str, path: Path) -> Path:
-    """A model of few layers with the tokenizer of the one that is named."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(model)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**shape, **heads, num_hidden_layers=2)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path.resolve()
 
 
 def _write_data(args: argparse.Namespace) -> None:

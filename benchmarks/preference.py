@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lorakit as lk
 from lorakit.data.collate import PreferenceCollator
@@ -35,10 +35,10 @@ from lorakit.evaluate.generate import generate_answers
 from lorakit.evaluate.intervals import wilson
 from lorakit.files import write_json
 from lorakit.models.label_head import LabelHead, evaluating
-from lorakit.models.load import load_tokenizer
 from lorakit.train.config import TrainConfig
 from lorakit.train.run import train
 from preference_speed import measure_speed, print_speed
+from tiny_model import write_tiny
 from train_speed import RESULTS
 
 CONFIG = Path(__file__).with_name("preference.yaml")
@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         if args.tiny:
-            args.model = str(_write_tiny(args.model, work / "model"))
+            args.model = str(write_tiny(args.model, work / "model"))
         _write_splits(args, work)
         with contextlib.chdir(work):  # the paths of the config are relative to the rows
             learned = _learn(args)
@@ -87,17 +87,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="random weights of few layers")
     parser.add_argument("override", nargs="*", help="key=value, as for lorakit train")
     return parser.parse_args()
-
-
-def _write_tiny(model: str, path: Path) -> Path:
-    """A model of few layers with the tokenizer of the one that is named."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(model)
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**shape, **heads, num_hidden_layers=2)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def _learn(args: argparse.Namespace) -> dict[str, Any]:

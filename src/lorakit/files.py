@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lorakit.errors import OutputError
+from lorakit.errors import ConfigError, OutputError
 
 
 def require_free(path: str | Path) -> Path:
@@ -250,6 +250,30 @@ def read_json(path: Path) -> Any:
         ValueError: see `parse_json`.
     """
     return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_back(file: Path, *keys: str, of: str, remedy: str) -> dict[str, Any]:
+    """A JSON object that an earlier run left, with the keys that are needed of it.
+
+    Args:
+        file: written by `write_json`.
+        keys: must be there.
+        of: whose record it is, for the error: "a cell".
+        remedy: what to do where it is damaged.
+
+    Raises:
+        ConfigError: the file cannot be read, is no JSON object, or lacks a key.
+    """
+    try:
+        record = read_json(file)
+        for key in keys:
+            record[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{of}'s record is damaged", where=str(file), found=why, remedy=remedy
+        ) from error
+    return record
 
 
 def write_json(path: str | Path, value: Any) -> None:

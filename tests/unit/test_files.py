@@ -1,4 +1,4 @@
-"""Directories that are replaced: the old one or the new one under the name, never neither."""
+"""Directories that are replaced, the old one or the new one under the name; records read back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pytest
 
 from lorakit import files
+from lorakit.errors import ConfigError
 
 
 def tree(path):
@@ -36,3 +37,20 @@ def test_two_directories_change_places_in_one_step(tmp_path):
     assert tree(other) == {"one": "one"}
     assert not files._exchange(one, tmp_path / "absent")
     assert tree(one) == {"other": "other"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("{", "line 1"), ("[1]", "indices"), ('{"other": 1}', "no key 'config'"), ("3", "subscript")],
+)
+def test_a_record_that_is_damaged_is_one_clear_error(tmp_path, text, found):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match="an arm's record is damaged") as caught:
+        files.read_back(tmp_path / "run.json", "config", of="an arm", remedy="remove it")
+    assert found in str(caught.value)
+
+
+def test_a_record_is_read_back_whole(tmp_path):
+    files.write_json(tmp_path / "run.json", {"config": {"r": 3}, "done": True})
+    record = files.read_back(tmp_path / "run.json", "config", of="an arm", remedy="remove it")
+    assert record == {"config": {"r": 3}, "done": True}

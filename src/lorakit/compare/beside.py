@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.compare.cells import Cell
-from lorakit.errors import ConfigError, RequestError, TrainingError
-from lorakit.files import write_json
+from lorakit.errors import RequestError, TrainingError
+from lorakit.files import read_back, write_json
 from lorakit.progress import progress
 from lorakit.sweep.arms import Arm, require_beside
 from lorakit.sweep.files import ArmFiles
@@ -122,15 +122,8 @@ def beside(directory: Path) -> list[str]:
     file = directory / BESIDE
     if not file.is_file():
         return []
-    try:
-        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))["cells"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "a cell's file is damaged",
-            where=str(file),
-            found=str(error),
-            remedy=f"remove {directory}; the cell is then run again",
-        ) from error
+    remedy = f"remove {directory}; the cell is then run again"
+    return list(read_back(file, "cells", of="a cell", remedy=remedy)["cells"])
 
 
 def _files(config: TrainConfig) -> ArmFiles:

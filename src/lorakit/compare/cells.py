@@ -14,6 +14,7 @@ from lorakit.compare.arms import Arm
 from lorakit.compare.config import DEFAULT_SHARE, CompareConfig
 from lorakit.compare.files import DataFiles
 from lorakit.errors import ConfigError
+from lorakit.files import read_back
 from lorakit.train.config import TrainConfig
 from lorakit.train.schema import changed_keys
 
@@ -114,18 +115,10 @@ def read_record(directory: Path, cell: Cell) -> dict[str, Any] | None:
     file = directory / RECORD
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        before, sha256 = record["identity"], record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "a cell's record is damaged",
-            where=str(file),
-            found=str(error),
-            remedy=f"remove {directory}; the cell is then run again",
-        ) from error
-    if sha256 != cell.sha256:
-        changed = changed_keys(before, cell.identity())
+    remedy = f"remove {directory}; the cell is then run again"
+    record = read_back(file, "identity", "sha256", of="a cell", remedy=remedy)
+    if record["sha256"] != cell.sha256:
+        changed = changed_keys(record["identity"], cell.identity())
         raise ConfigError(
             "a finished cell was run with another config",
             where=str(directory),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ConfigError
-from lorakit.files import write_json
+from lorakit.files import read_back, write_json
 from lorakit.sweep.arms import Arm
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore
 from lorakit.train.course import METRICS, RECORD
@@ -85,17 +84,9 @@ class ArmFiles:
         file = self.directory / name
         if not file.is_file():
             return None
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            before = record["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                "an arm's record is damaged",
-                where=str(file),
-                found=str(error),
-                remedy=f"remove {self.directory}; the arm is then run again",
-            ) from error
-        self._require_same(before, file)
+        remedy = f"remove {self.directory}; the arm is then run again"
+        record = read_back(file, "config", of="an arm", remedy=remedy)
+        self._require_same(record["config"], file)
         return record
 
     def _require_same(self, before: dict[str, Any], where: Path) -> None:
