@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     DebertaV2Config,
     DebertaV2Model,
@@ -62,6 +63,11 @@ def tokenizer(
 def _model(name: str) -> PreTrainedModel:
     if name == "bert":
         return BertModel(BertConfig(**_SIZE, **_HEADS, pad_token_id=0, max_position_embeddings=48))
+    if name == "bert-masked":
+        # As it is saved, it has no pooler, which a classifier reads.
+        return BertForMaskedLM(
+            BertConfig(**_SIZE, **_HEADS, pad_token_id=0, max_position_embeddings=48)
+        )
     if name == "roberta":
         config = RobertaConfig(
             **_SIZE, **_HEADS, **_ENDS, max_position_embeddings=50, type_vocab_size=2
@@ -92,7 +98,7 @@ def write_base(directory: Path, name: str = "bert", *, seed: int = 5) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         _model(name).save_pretrained(directory)
-    tokenizer(encoder=name in ENCODERS, pad=name != "gpt2").save_pretrained(directory)
+    tokenizer(encoder=name not in DECODERS, pad=name != "gpt2").save_pretrained(directory)
     return directory
 
 

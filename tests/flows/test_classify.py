@@ -96,6 +96,31 @@ def test_peft_computes_the_same_from_the_saved_adapter(shared, tmp_path, base):
     torch.testing.assert_close(our_logits(result, tokens), theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_base_without_a_pooler_is_saved_with_the_one_that_was_learned(shared, tmp_path):
+    base = "bert-masked"
+    tiny_classifiers.write_base(shared / base, base)
+    result, said = run(shared, tmp_path / "run", base=base, epochs=1)
+    assert "note: the new head is trained beside: classifier, bert.pooler" in said
+    text = ("w6 w20 w21", "w13")
+    tokens = load_tokenizer(shared / base)(*text, return_tensors="pt")
+    theirs = peft_logits(result, shared / base, tokens)
+    torch.testing.assert_close(our_logits(result, tokens), theirs, rtol=1e-5, atol=1e-6)
+    state = load_file(result.adapter / "adapter_model.safetensors")
+    assert "base_model.model.bert.pooler.dense.weight" in state
+
+
+@pytest.mark.filterwarnings("ignore:the base has a trained head")
+def test_a_trained_base_keeps_the_order_of_its_classes(shared, tmp_path):
+    head = ClassificationHead(names=("good", "bad"), pad_token_id=0, seed=3)
+    base = tmp_path / "trained"
+    load_base_model(shared / "roberta", head=head).save_pretrained(base)
+    load_tokenizer(shared / "roberta").save_pretrained(base)
+    result, said = run(shared, tmp_path / "run", base=base, kind="named", epochs=1)
+    passport = json.loads((result.adapter / "lorakit.json").read_text())
+    assert passport["task"]["targets"]["names"] == ["good", "bad"]
+    assert "the classes are those of the base's own head" in said[0]
+
+
 def our_logits(result, tokens):
     passport = json.loads((result.adapter / "lorakit.json").read_text())
     task = passport["task"]

@@ -141,14 +141,15 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
         StateError: a method other than LoRA is on the model.
     """
     refuse_occupied(model, "lora")
-    found = resolve_targets(model, spec.targets)
+    modules = base_modules(model)
+    whole = [site.module for site in modules_beside(spec.also_train, modules)]
+    found = resolve_targets(model, spec.targets, whole=whole)
     _refuse_unstorable(found)
     spec, chosen = _with_fixed_rank(found, spec)
     sites = tuple(_site(candidate, spec) for candidate in found)
     _check_patterns("rank_pattern", spec.rank_pattern, sites)
     _check_patterns("alpha_pattern", spec.alpha_pattern, sites)
     _refuse_init(spec, sites)
-    modules = base_modules(model)
     beside = modules_beside(spec.also_train, modules, {site.module for site in sites})
     biases = _other_biases(spec, modules, sites, beside)
     changed = [site.module for site in (*sites, *beside)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,18 @@ def _refusal(config: Any, name: str, module: nn.Module, kind: LayerKind) -> str 
     return kind.refusal(module) or uncalled(config, name.rpartition(".")[2])
 
 
-def resolve_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[Candidate]:
+def resolve_targets(
+    model: nn.Module, targets: str | tuple[str, ...], *, whole: Sequence[str] = ()
+) -> list[Candidate]:
     """The candidates that the targets name, in the model's order, each once.
 
     A target is a preset (`qv`, `attention`, `mlp`, `all-linear`), a full name, a suffix of whole
     components (`q_proj`, `c_attn.q`), or a regular expression that matches the full name.
+
+    Args:
+        model: any nn.Module; not changed.
+        targets: one or several.
+        whole: modules that are trained as a whole; presets leave out what is in them.
 
     Raises:
         TargetError: a target matches nothing, or nothing that can be adapted; or two targets name
@@ -89,10 +96,12 @@ def resolve_targets(model: nn.Module, targets: str | tuple[str, ...]) -> list[Ca
     """
     patterns = (targets,) if isinstance(targets, str) else targets
     known = candidates(model)
+    inside = tuple(f"{name}." for name in whole)
+    rest = {n: c for n, c in known.items() if not f"{c.module_name}.".startswith(inside)}
     chosen: set[str] = set()
     for pattern in patterns:
         if pattern in PRESETS:
-            chosen |= _preset(model, pattern, known)
+            chosen |= _preset(model, pattern, rest)
         else:
             chosen |= _named(model, pattern, known)
     found = [candidate for name, candidate in known.items() if name in chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -133,11 +133,11 @@ def _text_columns(rows: Rows, options: ClassifyOptions) -> tuple[str, str | None
     )
 
 
-def targets_of(rows: Rows, options: ClassifyOptions) -> Targets:
+def targets_of(rows: Rows, options: ClassifyOptions, *, known: Sequence[str] = ()) -> Targets:
     """What the labels of the training rows are; see `find_targets`.
 
     Raises:
         DataError: see `find_columns` and `find_targets`.
     """
     column = find_columns(rows, options).label
-    return find_targets(rows, column, kind=options.labels, classes=options.classes)
+    return find_targets(rows, column, kind=options.labels, classes=options.classes, known=known)

@@ -82,7 +82,12 @@ class Targets:
 
 
 def find_targets(
-    rows: Rows, column: str, *, kind: LabelKind = "auto", classes: Sequence[str] = ()
+    rows: Rows,
+    column: str,
+    *,
+    kind: LabelKind = "auto",
+    classes: Sequence[str] = (),
+    known: Sequence[str] = (),
 ) -> Targets:
     """What the labels of the training rows are.
 
@@ -94,6 +99,8 @@ def find_targets(
         column: where the label stands.
         kind: "classes" or "regression" to decide it; "auto" to find out.
         classes: the names, in the order of their ids; labels are these names or their numbers.
+        known: the classes of a head that the base has already, in the order of its outputs; where
+            every label is one of them, these are the classes.
 
     Raises:
         DataError: labels that are missing, of several kinds, all the same, or all different.
@@ -115,7 +122,19 @@ def find_targets(
     names = [_name_of(value, place) for value, place in zip(values, places, strict=True)]
     ordered = tuple(sorted(set(names), key=_order))
     _refuse_useless(ordered, rows, column)
+    learned = _as_known(ordered, known)
+    if learned:
+        note = f"the classes are those of the base's own head, in its order: {_listed(learned)}"
+        return Targets(learned, (note,))
     return Targets(ordered, _gap_notes(ordered))
+
+
+def _as_known(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """The known classes as the labels spell them; none where a label is another one."""
+    spelled = {name.casefold(): name for name in names}
+    found = tuple(spelled.get(name.casefold(), name) for name in known)
+    fits = len(set(found)) == len(found) and set(names) <= set(found)
+    return found if fits and not _are_numbers(names) else ()
 
 
 def mean_number(rows: Rows, column: str) -> float:

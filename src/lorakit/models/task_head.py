@@ -56,11 +56,15 @@ class ClassificationHead:
         be learned, the bias behind the last matrix is its mean. An optimizer whose steps have the
         size of the learning rate would else spend its first steps on the offset alone.
 
+        Modules of the body that the files lack whole (see `unstored_modules`) start likewise.
+
         Returns:
             The missing tensors that are not the head's.
         """
-        heads = head_modules(model)
-        mine = {n for n in missing if any(n.startswith(f"{head}.") for head in heads)}
+        missing = tuple(missing)
+        own = head_modules(model)
+        heads = (*own, *unstored_modules(model, missing))
+        mine = {n for n in missing if n.startswith(tuple(f"{head}." for head in heads))}
         generator = torch.Generator().manual_seed(self.seed)
         std = float(getattr(model.config, "initializer_range", None) or _DEFAULT_STD)
         for head in heads:
@@ -70,7 +74,7 @@ class ClassificationHead:
                 if name in mine:
                     with torch.no_grad():
                         parameter.copy_(self._start_of(name, drawn))
-        if heads and not mine:
+        if own and not any(n.startswith(tuple(f"{head}." for head in own)) for n in mine):
             warnings.warn(
                 f"the base has a trained head of {len(self.names) or 1} outputs of its own: it is "
                 "the start",
@@ -116,6 +120,40 @@ def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
         for name, child in model.named_children()
         if name != model.base_model_prefix and next(child.parameters(), None) is not None
     )
+
+
+def unstored_modules(model: PreTrainedModel, missing: Iterable[str]) -> tuple[str, ...]:
+    """Modules of a classifier's body of which the base's files hold nothing.
+
+    A base that was saved for another task may lack what only a classifier reads: BERT for masked
+    tokens has no pooler. Such a module is as new as the head, and is learned and saved with it.
+
+    Args:
+        model: with its classification head; one on the meta device will do.
+        missing: the parameters that no tensor of the files is named for.
+    """
+    prefix = model.base_model_prefix
+    if prefix not in dict(model.named_children()):
+        return ()
+    lacking = frozenset(missing)
+    parts: dict[str, list[str]] = {}
+    for name, _ in model.get_submodule(prefix).named_parameters():
+        parts.setdefault(f"{prefix}.{name.partition('.')[0]}", []).append(f"{prefix}.{name}")
+    found = tuple(part for part, inside in parts.items() if lacking.issuperset(inside))
+    # Where most of the body is not there under its names, names say nothing.
+    return found if 2 * len(found) < len(parts) else ()
+
+
+def own_classes(config: PretrainedConfig) -> tuple[str, ...]:
+    """The names of the classes that the base itself was trained on, in the order of their ids.
+
+    Empty where it is no classifier, or its classes have no names of their own (LABEL_0, ...).
+    """
+    named = (config.architectures or [""])[0] or ""
+    names = [str((config.id2label or {}).get(i)) for i in range(config.num_labels)]
+    if not named.endswith("ForSequenceClassification") or len(set(names)) < max(2, len(names)):
+        return ()
+    return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else tuple(names)
 
 
 def own_head_names(wanted: type[PreTrainedModel], config: PretrainedConfig) -> tuple[str, ...]:

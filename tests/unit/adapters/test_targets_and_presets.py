@@ -345,6 +345,16 @@ def test_also_train_of_an_adapted_module_is_an_error() -> None:
             )
 
 
+def test_a_preset_leaves_out_what_is_trained_as_a_whole() -> None:
+    model = tiny_models.build("llama")
+    spec = LoraSpec(targets="all-linear", also_train=("layers.1.mlp",))
+    plan = plan_adapter(model, spec)
+    mlps = [site.module for site in plan.sites if ".mlp." in site.module]
+    assert len(mlps) == 3
+    assert all("layers.0" in name for name in mlps)
+    assert [site.module for site in plan.overrides] == ["model.layers.1.mlp"]
+
+
 def test_dora_plans_one_magnitude_per_output_row() -> None:
     model = tiny_models.build("gpt2")
     spec = {"targets": ("c_attn.q", "c_fc", "wpe"), "rank_pattern": {"c_fc": 5}}

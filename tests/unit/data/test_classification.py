@@ -125,6 +125,19 @@ def test_what_was_decided_is_said():
     assert "3, 5 become the class ids 0 to 1" in note
 
 
+def test_labels_of_the_bases_own_head_keep_its_order():
+    known = ("POSITIVE", "mixed", "negative")
+    targets = find_targets(labelled(["negative", "positive"]), "label", known=known)
+    assert targets.names == ("positive", "mixed", "negative")
+    assert "the base's own head" in targets.notes[0]
+    # Another task's labels, and numbers, say nothing of these outputs.
+    assert find_targets(labelled(["spam", "mixed"]), "label", known=known).names == (
+        "mixed",
+        "spam",
+    )
+    assert find_targets(labelled([1, 0]), "label", known=("1", "0")).names == ("0", "1")
+
+
 def test_numbers_are_a_regression_when_told():
     targets = find_targets(labelled([1, 2, 3]), "label", kind="regression")
     assert targets.regression

@@ -12,7 +12,9 @@ from lorakit.models.load import load_base_model, load_config, load_tokenizer
 from lorakit.models.task_head import (
     ClassificationHead,
     head_modules,
+    own_classes,
     padding_id,
+    unstored_modules,
 )
 
 ALL = (*tiny_classifiers.ENCODERS, *tiny_classifiers.DECODERS)
@@ -137,6 +139,33 @@ def test_a_body_tensor_that_is_missing_is_still_said(bases, tmp_path):
     model.save_pretrained(broken, state_dict=state)
     with pytest.warns(LorakitWarning, match=r"2 tensors are not in the files.*layer\.1\.output"):
         load_base_model(broken, head=head(bases["bert"], "a", "b"))
+
+
+def test_a_pooler_that_the_files_lack_starts_like_the_head(tmp_path, recwarn):
+    base = tiny_classifiers.write_base(tmp_path / "masked", "bert-masked")
+    wanted = head(base, "a", "b")
+    first = load_base_model(base, head=wanted)
+    torch.manual_seed(99)
+    again = load_base_model(base, head=wanted)
+    assert not [w for w in recwarn if issubclass(w.category, LorakitWarning)]
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(value, again.state_dict()[name], rtol=0, atol=0)
+    lacking = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"]
+    assert unstored_modules(first, lacking) == ("bert.pooler",)
+    assert unstored_modules(first, lacking[:1]) == ()
+    # Names that match nothing at all are not a base that lacks everything.
+    assert unstored_modules(first, [name for name, _ in first.named_parameters()]) == ()
+
+
+def test_the_bases_own_classes(bases):
+    config = load_config(bases["bert"])
+    assert own_classes(config) == ()
+    trained = ClassificationHead(names=("no", "yes"), pad_token_id=0, seed=0).configured(config)
+    assert own_classes(trained) == ()
+    trained.architectures = ["BertForSequenceClassification"]
+    assert own_classes(trained) == ("no", "yes")
+    trained.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    assert own_classes(trained) == ()
 
 
 def test_a_sequence_to_sequence_model_is_refused(tmp_path):

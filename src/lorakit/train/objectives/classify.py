@@ -25,7 +25,15 @@ from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config
 from lorakit.models.loss_share import LossShare
 from lorakit.models.positions import num_positions
-from lorakit.models.task_head import ClassificationHead, head_modules, padding_id
+from lorakit.models.resolve import resolve_model
+from lorakit.models.stored import StoredParameters
+from lorakit.models.task_head import (
+    ClassificationHead,
+    head_modules,
+    own_classes,
+    padding_id,
+    unstored_modules,
+)
 from lorakit.train.config import TrainConfig
 from lorakit.train.objectives.base import ExampleSet, Inputs, Validated
 
@@ -52,7 +60,7 @@ class ClassifyObjective:
         self._base = load_config(config.model.ref)
         self._options = config.data.classify_options()
         self._columns = find_columns(rows, self._options)
-        self.targets: Targets = targets_of(rows, self._options)
+        self.targets: Targets = targets_of(rows, self._options, known=own_classes(self._base))
         self.metrics = metrics_for(len(self.targets.names))
         self.best = self.metrics[0]
         self.head = ClassificationHead(
@@ -82,8 +90,11 @@ class ClassifyObjective:
         return load_base_model(base.ref, base.quantize, dtype=dtype, device=device, head=self.head)
 
     def beside(self, model: nn.Module) -> tuple[str, ...]:
-        """The head."""
-        return head_modules(model) if isinstance(model, PreTrainedModel) else ()
+        """The head, and what of the body the base's files lack."""
+        if not isinstance(model, PreTrainedModel):
+            return ()
+        stored = StoredParameters(resolve_model(self._config.model.ref).path, model)
+        return (*head_modules(model), *unstored_modules(model, stored.missing))
 
     def build(self, rows: Rows, *, label: str) -> ClassifyExamples:
         """See `lorakit.data.classification.build_classification`."""
