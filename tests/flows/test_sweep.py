@@ -89,7 +89,9 @@ def test_a_sweep_from_its_config_to_its_report(directory, tmp_path, capsys) -> N
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(directory, tmp_path, monkeypatch):
+def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(
+    directory, tmp_path, monkeypatch, capsys
+):
     made = {**values(directory), "output": str(tmp_path / "whole")}
     whole = sweep(SweepConfig.from_dict(made), say=lambda _: None)
     config = SweepConfig.from_dict({**made, "output": str(tmp_path / "cut")})
@@ -101,7 +103,10 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(directory, tmp_path,
         with pytest.raises(TrainingPaused, match="saved"):
             sweep(config, say=lambda _: None)
     assert not (tmp_path / "cut" / "sweep.json").exists()
+    total = plan_sweep(config).num_steps
+    capsys.readouterr()
     again = sweep(config, say=lambda _: None)
+    assert f"sweep: {total}/{total} " in capsys.readouterr().err
     assert again.document["best"] == whole.document["best"]
     for one, other in zip(whole.document["arms"], again.document["arms"], strict=True):
         assert one["eval_curve"] == other["eval_curve"]
@@ -146,6 +151,10 @@ def test_an_arm_that_diverges_fails_alone(directory, tmp_path) -> None:
                 }
             },
             ["one length"],
+        ),
+        (
+            {"sweep": {"grid": {"lr": [0.1, 0.2]}, "halving": {"every": 5}}},
+            ["sweep.halving.every", "fewer than the 5 steps"],
         ),
         ({"sweep": {"arms": [{"name": "../up"}]}}, ["name of a directory"]),
         ({"data": {"train": "none.jsonl"}}, ["validation"]),

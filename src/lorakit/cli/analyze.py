@@ -154,7 +154,7 @@ def _load_base(args: argparse.Namespace) -> Base:
     first = str(adapter_of(args.adapters[0]))
     ref = args.model or base_of(first)
     console.note(f"loading {ref}")
-    task = task_of(first)
+    task = task_of(first, args.model)
     model = load_base_model(
         ref, device=args.device, dtype="float32", head=None if task is None else task.head
     )

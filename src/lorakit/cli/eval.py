@@ -67,20 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of a classifier: also write each row's label and prediction as JSON lines",
     )
+    parser.add_argument(
+        "--classes",
+        metavar="A,B,...",
+        help="of a classifier that PEFT saved: the names of its outputs in their order, where the "
+        "base does not name them",
+    )
     add_forgetting_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the comparison; returns the exit code."""
-    task = task_of(args.adapter)
+    task = task_of(args.adapter, args.model, classes=_names(args.classes or ""))
     if task is not None:
         _refuse_for_classifiers(args)
         return run_classify(
             args, task, load_rows(args.data, split=args.split), _names(args.metrics or "")
         )
-    if args.predictions is not None:
+    given = {"--predictions": args.predictions, "--classes": args.classes}
+    named = [flag for flag, value in given.items() if value is not None]
+    if named:
         raise RequestError(
-            "--predictions is for classifiers",
+            f"{' and '.join(named)} is for classifiers",
             where="the command line",
             expected="an adapter trained with task: classify",
             remedy="for the answers of a model that writes text: -o FILE",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.cli.console import note
+from lorakit.data.adopted_task import adopted_task, is_classifier
 from lorakit.data.task_facts import ClassifyTask, saved_task
 from lorakit.errors import AdapterFileError, RequestError
 from lorakit.formats.peft_config import CONFIG_NAME, named_base, read_config
@@ -114,27 +115,42 @@ def require_writer(adapter: str | None) -> None:
     """Refuse an adapter that labels rows where text is to be written.
 
     Raises:
-        RequestError: it was trained with task: classify.
-        AdapterFileError: see `task_of`.
+        RequestError: it was trained to classify.
+        AdapterFileError: there is no adapter, or its files cannot be understood.
     """
-    task = task_of(adapter)
-    if task is not None:
-        raise RequestError(
-            "this adapter was trained with task: classify; it gives a row a label and cannot write",
-            where=adapter,
-            expected="an adapter trained with task: sft",
-            found=task.lines()["task"],
-            remedy="lorakit eval DATA --adapter DIR --predictions FILE gives each row its label",
-        )
+    if adapter is None:
+        return
+    saved = read_saved(adapter)
+    if not is_classifier(saved.path, saved.passport):
+        return
+    task = saved_task(saved.passport, where=adapter)
+    raise RequestError(
+        "this adapter was trained with task: classify; it gives a row a label and cannot write",
+        where=adapter,
+        expected="an adapter trained with task: sft",
+        found=task.lines()["task"] if task else f"task_type SEQ_CLS in {CONFIG_NAME}",
+        remedy="lorakit eval DATA --adapter DIR --predictions FILE gives each row its label",
+    )
 
 
-def task_of(adapter: str | None) -> ClassifyTask | None:
+def task_of(
+    adapter: str | None, base: str | None = None, *, classes: Sequence[str] = ()
+) -> ClassifyTask | None:
     """The classification task of an adapter; None where there is no adapter, or it writes text.
 
+    Args:
+        adapter: its directory.
+        base: the base it is used on; None for the one that it names.
+        classes: see `adopted_task`.
+
     Raises:
-        AdapterFileError: there is no adapter, or its passport cannot be understood.
+        AdapterFileError: there is no adapter, or its files cannot be understood.
+        ConfigError, ModelError: see `adopted_task`.
     """
-    return None if adapter is None else saved_task(read_saved(adapter).passport, where=adapter)
+    if adapter is None:
+        return None
+    saved = read_saved(adapter)
+    return adopted_task(saved.path, saved.passport, base=base, classes=classes)
 
 
 def base_of(adapter: str | None) -> str:

@@ -185,7 +185,8 @@ def _needs_base(parts: Sequence[Part]) -> bool:
 
 def _refuse_classifiers(parts: Sequence[Part]) -> None:
     for part in parts:
-        if saved_task(part.adapter.passport, where=part.name) is not None:
+        in_passport = saved_task(part.adapter.passport, where=part.name) is not None
+        if in_passport or part.adapter.config.get("task_type") == "SEQ_CLS":
             raise RequestError(
                 "weights are tuned and tasks measured for adapters that write text",
                 where=part.name,

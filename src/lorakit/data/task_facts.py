@@ -32,7 +32,9 @@ class ClassifyTask:
     @property
     def head(self) -> ClassificationHead:
         """A head of this shape; its first weights are replaced by the learned ones."""
-        return ClassificationHead(names=self.targets.names, pad_token_id=self.pad_token_id, seed=0)
+        return ClassificationHead(
+            names=self.targets.names, pad_token_id=self.pad_token_id, seed=0, learned=True
+        )
 
     def lines(self) -> dict[str, str]:
         """The task in a few words, label by label."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import SupportsFloat
 
 from transformers import PreTrainedTokenizerBase
 
@@ -135,7 +136,7 @@ class Rewards:
 def _call(name: str, function: RewardFunction, asked: Asked, answer: str) -> float:
     try:
         found = function(answer, dict(asked.row))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TrainingError(
             "a reward function failed",
             where=f"{name}, {asked.origin}",
@@ -143,14 +144,23 @@ def _call(name: str, function: RewardFunction, asked: Asked, answer: str) -> flo
             found=f"{type(error).__name__}: {error}, for the answer {answer[:80]!r}",
             remedy="catch it in the function and give such an answer a low reward",
         ) from error
-    if not isinstance(found, int | float) or not math.isfinite(found):
+    reward = _as_number(found)
+    if not math.isfinite(reward):
         raise TrainingError(
             "a reward is not a finite number",
             where=f"{name}, {asked.origin}",
             expected="a finite int, float or bool",
             found=f"{found!r}, for the answer {answer[:80]!r}",
         )
-    return float(found)
+    return reward
+
+
+def _as_number(found: object) -> float:
+    """A reward as a float: also numpy's numbers and torch's; nan for what is none."""
+    try:
+        return float(found) if isinstance(found, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def load_function(name: str) -> RewardFunction:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.data.task_facts import saved_task
+from lorakit.data.adopted_task import adopted_task
 from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, write_json, writing
 from lorakit.formats.peft_config import CONFIG_NAME, named_base
@@ -104,11 +104,11 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         if request.onto == "nf4-dequantized":
             directory = _beside(request.output, stack)
             made_on = None if request.any_base else saved.passport
-            write_dequantized(resolved.path, directory, made_on, head=_head(saved))
+            write_dequantized(resolved.path, directory, made_on, head=_head(request, saved))
             # The base was checked above; its dequantized weights have another fingerprint.
             request = dataclasses.replace(request, any_base=True)
         # A classifier's head is not in the base's files: its merged form is written as a whole.
-        by_shard = adapter is not None and _head(saved) is None
+        by_shard = adapter is not None and _head(request, saved) is None
         plan = plan_merge(directory, adapter) if adapter and by_shard else None
         _require_shards(request, plan)
         proof, probes = _before(directory, _tokenizer(directory), request)
@@ -156,7 +156,7 @@ def _require_four_bit(request: MergeRequest, saved: Saved) -> None:
             found=saved.name,
             remedy="merge into the dense weights: leave --onto and --requantize out",
         )
-    if request.requantize and _head(saved) is not None:
+    if request.requantize and _head(request, saved) is not None:
         raise RequestError(
             "a classifier is merged as a whole: what survives in 4 bits cannot be told per layer",
             where="--requantize",
@@ -223,7 +223,7 @@ def _before(
 
 def _load(directory: Path, request: MergeRequest, dtype: str | None) -> tuple[Any, Method]:
     """The base with the method on it."""
-    head = _head(read_saved(request.adapter))
+    head = _head(request, read_saved(request.adapter))
     model = load_base_model(directory, dtype=dtype, head=head)
     with warnings.catch_warnings():
         if request.onto == "nf4-dequantized":
@@ -233,8 +233,8 @@ def _load(directory: Path, request: MergeRequest, dtype: str | None) -> tuple[An
     return model, method
 
 
-def _head(saved: Saved) -> ClassificationHead | None:
-    task = saved_task(saved.passport, where=str(saved.path))
+def _head(request: MergeRequest, saved: Saved) -> ClassificationHead | None:
+    task = adopted_task(saved.path, saved.passport, base=request.base)
     return None if task is None else task.head
 
 

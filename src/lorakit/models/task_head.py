@@ -28,12 +28,14 @@ class ClassificationHead:
         pad_token_id: what batches are padded with.
         seed: of the head's first weights.
         mean: of the numbers that are to be learned; a fresh head starts by predicting it.
+        learned: whether saved weights follow, so that nothing is said of where it starts.
     """
 
     names: tuple[str, ...]
     pad_token_id: int
     seed: int
     mean: float = 0.0
+    learned: bool = False
 
     def configured(self, config: PretrainedConfig) -> PretrainedConfig:
         """A copy of the base's configuration that asks for this head."""
@@ -74,7 +76,11 @@ class ClassificationHead:
                 if name in mine:
                     with torch.no_grad():
                         parameter.copy_(self._start_of(name, drawn))
-        if own and not any(n.startswith(tuple(f"{head}." for head in own)) for n in mine):
+        if (
+            own
+            and not self.learned
+            and not any(n.startswith(tuple(f"{head}." for head in own)) for n in mine)
+        ):
             warnings.warn(
                 f"the base has a trained head of {len(self.names) or 1} outputs of its own: it is "
                 "the start",
@@ -150,7 +156,7 @@ def own_classes(config: PretrainedConfig) -> tuple[str, ...]:
     Empty where it is no classifier, or its classes have no names of their own (LABEL_0, ...).
     """
     named = (config.architectures or [""])[0] or ""
-    names = [str((config.id2label or {}).get(i)) for i in range(config.num_labels)]
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
     if not named.endswith("ForSequenceClassification") or len(set(names)) < max(2, len(names)):
         return ()
     return () if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else tuple(names)

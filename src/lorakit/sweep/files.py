@@ -67,6 +67,13 @@ class ArmFiles:
             self._require_same(found.identity["config"], found.path)
         return found
 
+    def reached(self) -> int:
+        """The steps that need not be done again."""
+        if self.record() is not None:
+            return max((line["step"] for line in self.lines()), default=0)
+        start = self.start()
+        return 0 if start is None else start.step
+
     def lines(self) -> list[Line]:
         """Training and validation lines so far."""
         return MetricsLog(self.directory / METRICS).read()

@@ -235,7 +235,8 @@ def _check_shared(arms: Sequence[Arm], runs: Sequence[Preparation]) -> None:
 
 
 def _check_halving(config: SweepConfig, runs: Sequence[Preparation]) -> None:
-    if config.sweep.halving.every is None:
+    every = config.sweep.halving.every
+    if every is None:
         return
     if len({run.max_steps for run in runs}) > 1 or len({_validation(run) for run in runs}) > 1:
         raise ConfigError(
@@ -244,6 +245,14 @@ def _check_halving(config: SweepConfig, runs: Sequence[Preparation]) -> None:
             expected="one data.validation, and one number of steps (train.max_steps)",
             found=", ".join(sorted({f"{run.max_steps} steps" for run in runs})),
             remedy="leave halving out, or set them once for all arms",
+        )
+    if every >= runs[0].max_steps:
+        raise ConfigError(
+            "no arm would be stopped: all have ended by the first decision",
+            where="sweep.halving.every",
+            expected=f"fewer than the {runs[0].max_steps} steps of an arm",
+            found=str(every),
+            remedy="lower it, or leave halving out",
         )
 
 

@@ -147,6 +147,7 @@ class _Sweep:
         alive = list(self.plan.arms)
         with ExitStack() as stack:
             bar = stack.enter_context(progress("sweep", self.plan.num_steps))
+            bar.advance(sum(self.files[arm.name].reached() for arm in alive))
             interrupt = stack.enter_context(Interrupt())
             for rung in self.plan.rungs:
                 if len(alive) < 2:

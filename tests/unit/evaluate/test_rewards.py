@@ -17,6 +17,9 @@ from lorakit.evaluate.rewards import Rewards, load_function
 from lorakit.evaluate.scoring import SCORERS
 
 FUNCTIONS = """
+import numpy
+import torch
+
 def length(answer, row):
     return len(answer.split()) / row["most"]
 
@@ -28,6 +31,21 @@ def endless(answer, row):
 
 def nothing(answer, row):
     return None
+
+def texts(answer, row):
+    return "1.0"
+
+def several(answer, row):
+    return torch.ones(2)
+
+def leaves(answer, row):
+    raise SystemExit(3)
+
+def of_numpy(answer, row):
+    return numpy.float32(len(answer))
+
+def of_torch(answer, row):
+    return torch.tensor(len(answer))
 
 def one(answer):
     return 1.0
@@ -91,6 +109,9 @@ def test_rows_need_no_answer_where_no_metric_compares(
         ("broken", "w1", "failed"),
         ("endless", "w1", "not a finite number"),
         ("nothing", "w1", "not a finite number"),
+        ("texts", "w1", "not a finite number"),
+        ("several", "w1", "not a finite number"),
+        ("leaves", "w1", "failed"),
     ],
 )
 def test_a_function_that_fails_names_the_row(
@@ -103,6 +124,16 @@ def test_a_function_that_fails_names_the_row(
         rewards.score(asked[1:], [answer])
     assert "rows.jsonl line 2" in str(error.value)
     assert name in str(error.value)
+
+
+def test_numbers_of_other_libraries_are_numbers(
+    place: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = load_rows(place / "rows.jsonl")
+    for name in ("of_numpy", "of_torch"):
+        rewards = Rewards({f"{place / 'own.py'}:{name}": 1.0})
+        asked = rewards.ask(rows, tokenizer, SftOptions(), label="reading")
+        assert rewards.score(asked[:1], ["w1"]) == [2.0]
 
 
 @pytest.mark.parametrize(
