@@ -84,15 +84,7 @@ def run(args: argparse.Namespace) -> int:
         return run_classify(
             args, task, load_rows(args.data, split=args.split), _names(args.metrics or "")
         )
-    given = {"--predictions": args.predictions, "--classes": args.classes}
-    named = [flag for flag, value in given.items() if value is not None]
-    if named:
-        raise RequestError(
-            f"{' and '.join(named)} is for classifiers",
-            where="the command line",
-            expected="an adapter trained with task: classify",
-            remedy="for the answers of a model that writes text: -o FILE",
-        )
+    _refuse_for_writers(args)
     sft = sft_options(args, template=args.template)
     tokens = _MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
     options = EvalOptions(
@@ -129,6 +121,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         _show(result, rows.source)
     return 0
+
+
+def _refuse_for_writers(args: argparse.Namespace) -> None:
+    given = {"--predictions": args.predictions, "--classes": args.classes}
+    named = [flag for flag, value in given.items() if value is not None]
+    if named:
+        raise RequestError(
+            f"{' and '.join(named)} is for classifiers",
+            where="the command line",
+            expected="an adapter trained with task: classify",
+            remedy="for the answers of a model that writes text: -o FILE",
+        )
 
 
 def _refuse_for_classifiers(args: argparse.Namespace) -> None:

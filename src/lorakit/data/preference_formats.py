@@ -2,12 +2,14 @@
 
 A prompt is a text, turns, or an instruction; an answer is a text, a turn, or turns. Where there is
 no prompt column, `chosen` and `rejected` are whole conversations, and the turns that both begin
-with are the prompt.
+with are the prompt: turns, or one text in which "Human:" and "Assistant:" begin paragraphs, as in
+Anthropic's hh-rlhf.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,6 +35,7 @@ from lorakit.errors import DataError
 CHOSEN, REJECTED, LABEL = "chosen", "rejected", "label"
 # A table without types (csv) has its verdicts as text.
 _VERDICTS = {"true": True, "1": True, "false": False, "0": False}
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _PROMPTS = ("prompt", "messages", "conversations", "instruction")
 
 
@@ -110,7 +113,10 @@ def read_verdict(
         value = _VERDICTS.get(value.strip().lower(), value)
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
-    raise wrong_kind(f"{where}, column {column!r}", "true or false", value)
+    error = wrong_kind(f"{where}, column {column!r}", "true or false", value)
+    if isinstance(_as_number(value), int | float):
+        error.remedy = "a rating: say from which on an answer is good, preference.desirable_from"
+    raise error
 
 
 def _as_number(value: Any) -> Any:
@@ -163,7 +169,9 @@ def _implicit_prompt(row: Row, options: SftOptions, where: str) -> tuple[Content
     conversations: list[list[Message]] = []
     for role in (CHOSEN, REJECTED):
         column = options.column(role)
-        if isinstance(row[column], str):
+        said = row[column]
+        turns = _transcript(said) if isinstance(said, str) else said
+        if turns is None:
             raise DataError(
                 "answers without a prompt",
                 where=where,
@@ -172,7 +180,7 @@ def _implicit_prompt(row: Row, options: SftOptions, where: str) -> tuple[Content
                 found=f"columns: {', '.join(row)}",
                 remedy="name your prompt's column: columns: {prompt: ...}",
             )
-        conversations.append(_turns(row[column], f"{where}, column {column!r}"))
+        conversations.append(_turns(turns, f"{where}, column {column!r}"))
     chosen, rejected = (with_system(turns, row, options) for turns in conversations)
     shared = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
@@ -182,10 +190,22 @@ def _implicit_prompt(row: Row, options: SftOptions, where: str) -> tuple[Content
     return Dialogue(chosen, first_learned=shared), Dialogue(rejected, first_learned=shared)
 
 
+def _transcript(text: str) -> list[Message] | None:
+    """The turns of a conversation in one text; None where it does not begin with a speaker."""
+    before, *rest = _SPEAKER.split(text.lstrip("\n"))
+    if before or not rest:
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    return [{"role": roles[speaker], "content": said.strip()} for speaker, said in pairs]
+
+
 def _turns(answer: Any, where: str) -> list[Message]:
     """An answer as turns that end with the assistant's."""
     if isinstance(answer, str):
         return [{"role": "assistant", "content": answer}]
+    if answer is None:
+        raise wrong_kind(where, "an answer: a text, a turn or turns", answer)
     items = [answer] if isinstance(answer, Mapping) else answer
     turns = read_messages(items, where)
     if turns[-1]["role"] != "assistant":

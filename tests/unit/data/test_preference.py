@@ -55,6 +55,10 @@ SAME_PAIR: dict[str, dict[str, Any]] = {
         "chosen": [USER, GOOD],
         "rejected": [USER, BAD],
     },
+    "transcripts": {
+        "chosen": "\n\nHuman: w1 w2\n\nAssistant: w3 w4",
+        "rejected": "\n\nHuman: w1 w2\n\nAssistant: w5",
+    },
     "messages and texts": {"messages": [USER], "chosen": "w3 w4", "rejected": "w5"},
     "sharegpt": {
         "conversations": [{"from": "human", "value": "w1 w2"}],
@@ -157,6 +161,22 @@ def test_what_does_not_fit_is_refused_with_its_row(
         build(tokenizer, row)
     assert words in str(error.value)
     assert "pairs.jsonl" in str(error.value)
+
+
+def test_turns_of_a_transcript_are_context(tokenizer: PreTrainedTokenizerFast) -> None:
+    start = "\n\nHuman: w1\n\nAssistant: w2\n\nw9\n\nHuman: w6\n\nAssistant:"
+    found = build(tokenizer, {"chosen": f"{start} w3", "rejected": f"{start} w4"})
+    asked, answer = parts(tokenizer, found[0].answers[0].example)
+    assert answer.split()[0] == "w3"
+    assert [word for word in asked.split() if word.startswith("w")] == ["w1", "w2", "w9", "w6"]
+    with pytest.raises(DataError, match="answers without a prompt"):
+        build(tokenizer, {"chosen": "w1 Human: w2", "rejected": "w3"})
+
+
+def test_a_rating_without_a_bound_is_told_of_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "w1", "completion": "w2", "label": 4}
+    with pytest.raises(DataError, match=r"preference\.desirable_from"):
+        build(tokenizer, row, paired=False)
 
 
 @pytest.mark.parametrize("verdict", ["good", None, 0.5])
