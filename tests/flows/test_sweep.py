@@ -72,6 +72,9 @@ def test_a_sweep_from_its_config_to_its_report(directory, tmp_path, capsys) -> N
     assert all(torch.equal(kept[key], own[key]) for key in own)
     assert lk.Adapter.load(out / "best").spec.r == best["settings"]["lora.r"]
     page = (out / "report.html").read_text()
+    assert "<h2>Arms</h2>" in page
+    assert "One line per arm." in page
+    assert "seeds of a method" not in page
     assert all(name in page for name in arms)
     assert not list((out / "arms").glob("*/checkpoints"))
 

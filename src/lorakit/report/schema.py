@@ -77,11 +77,16 @@ class Certificate(TypedDict):
 
 
 class MethodTable(TypedDict):
-    """Methods of a comparison, one row each, already formatted; `columns` beside each row."""
+    """Methods of a comparison, one row each, already formatted; `columns` beside each row.
+
+    `heading` where the rows are something else, and `curves_note` what their curves then are.
+    """
 
     columns: list[str]
     rows: list[list[str]]
     note: NotRequired[str]
+    heading: NotRequired[str]
+    curves_note: NotRequired[str]
 
 
 class MethodPoint(TypedDict):

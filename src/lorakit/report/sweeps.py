@@ -25,7 +25,8 @@ def sweep_report(record: Mapping[str, Any]) -> Report:
             {
                 "label": "peak memory",
                 "value": format_bytes(record["memory"]["peak_bytes"]),
-                "note": f"planned {format_bytes(record['memory']['estimate']['total_bytes'])}",
+                "note": "of the whole process; the plan counts "
+                f"{format_bytes(record['memory']['estimate']['total_bytes'])} for the training",
             },
         ],
         "methods": sweep_table(record),
@@ -53,7 +54,13 @@ def sweep_table(record: Mapping[str, Any]) -> MethodTable:
     if hidden > 0:
         notes.append(f"The curves of the {hidden} last arms are not drawn.")
     rows = [_row(arm, is_best=arm["name"] == record["best"]) for arm in record["arms"]]
-    return {"columns": columns, "rows": rows, "note": " ".join(notes)}
+    return {
+        "columns": columns,
+        "rows": rows,
+        "note": " ".join(notes),
+        "heading": "Arms",
+        "curves_note": "One line per arm.",
+    }
 
 
 def _row(arm: Mapping[str, Any], *, is_best: bool) -> list[str]:
