@@ -114,6 +114,9 @@ def _child(args: argparse.Namespace, way: str) -> dict[str, int]:
 
 
 def _peak(args: argparse.Namespace) -> dict[str, int]:
+    if args.child == "one":
+        # A run of its own has one adapter, and one optimizer's state.
+        args.adapters, args.rows = 1, args.adapters * args.rows
     model = _base(args)
     base_bytes = memory_bytes()
     step = _steps(args, model)[args.child]
