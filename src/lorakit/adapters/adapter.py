@@ -60,7 +60,11 @@ class Factors:
                 where=self.module,
                 remedy="give the weight: adapter.delta(module, weight)",
             )
-        values = UpdateValues(
+        return self.values().delta(weight)
+
+    def values(self) -> UpdateValues:
+        """The same as a live layer has them."""
+        return UpdateValues(
             kind=KINDS[self.kind],
             A=self.A,
             B=self.B,
@@ -68,7 +72,6 @@ class Factors:
             rows=self.rows,
             magnitude=self.magnitude,
         )
-        return values.delta(weight)
 
 
 class AdapterFiles(Protocol):

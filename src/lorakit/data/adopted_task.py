@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.data.targets import Targets
 from lorakit.data.task_facts import ClassifyTask, saved_task
-from lorakit.errors import AdapterFileError, ConfigError
+from lorakit.errors import AdapterFileError, ConfigError, ModelError
 from lorakit.formats.peft_config import CONFIG_NAME, named_base, read_config
 from lorakit.formats.peft_tensors import TENSORS_NAME, read_tensors, sort_tensors
 from lorakit.models.empty import empty_classifier
@@ -83,10 +84,18 @@ def adopted_task(
         targets=targets,
         columns={},
         max_length=None,
-        pad_token_id=padding_id(base_config, load_tokenizer(ref)),
+        pad_token_id=padding_id(base_config, _tokenizer(ref)),
     )
     _require_whole_head(directory, ref, task.head, learned)
     return task
+
+
+def _tokenizer(ref: str) -> PreTrainedTokenizerBase | None:
+    """None where the base has none: its weights can be looked at and merged all the same."""
+    try:
+        return load_tokenizer(ref)
+    except ModelError:
+        return None
 
 
 def _names(

@@ -69,7 +69,7 @@ class UpdateValues:
             ValueError: a DoRA update without `weight`.
         """
         if self.magnitude is None:
-            return whole_delta(self.kind, self.A, self.B, self.rows) * self.scaling
+            return whole_delta(self.kind, self.A, self.B, self.rows).mul_(self.scaling)
         if weight is None:
             raise ValueError("the change that DoRA makes depends on the base weight")
         matrix = as_matrix(self.kind, weight)
@@ -82,6 +82,19 @@ class UpdateValues:
         )
         whole = change if self.rows is None else self.rows.spread(change.T).T
         return from_matrix(self.kind, whole, tuple(weight.shape))
+
+    def delta_block(self, block: slice) -> Tensor:
+        """A block of the change along the weight's first axis, float32; LoRA alone.
+
+        Args:
+            block: indices of the first axis of the base weight.
+        """
+        down, up = self.A.detach().float(), _whole_B(self.B, self.rows)
+        if self.kind.weight_axis == 0:
+            change = self.kind.delta(down, up[block])
+        else:
+            change = self.kind.delta(down[:, block], up)
+        return change.mul_(self.scaling)
 
 
 def take_rows(matrix: Tensor, rows: Rows | None) -> Tensor:
@@ -98,8 +111,13 @@ def whole_delta(kind: LayerKind, A: Tensor, B: Tensor, rows: Rows | None) -> Ten
         B: (out, r) or the kind's shape; out is the part's size where `rows` is given.
         rows: the part's rows of a fused projection, or None.
     """
-    wide_B = B.detach().float() if rows is None else rows.spread(B.detach().float().T).T
-    return kind.delta(A.detach().float(), wide_B)
+    return kind.delta(A.detach().float(), _whole_B(B, rows))
+
+
+def _whole_B(B: Tensor, rows: Rows | None) -> Tensor:
+    """B of the whole layer, float32: zero outside of the part's rows."""
+    wide = B.detach().float()
+    return wide if rows is None else rows.spread(wide.T).T
 
 
 class LowRank(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +194,30 @@ def updated_config(directory: Path, *, untied: bool) -> dict[str, object]:
             if isinstance(section, dict) and "tie_word_embeddings" in section:
                 section["tie_word_embeddings"] = False
     return config
+
+
+def changed_blocks(
+    change: TensorChange, base: Tensor, adapter: Adapter
+) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    """`changed_value` for blocks of the tensor's first axis, as they are asked for.
+
+    LoRA's change is multiplied out block by block; all others are computed whole, here.
+    """
+    parts = adapter.modules()[change.module].values() if change.module is not None else ()
+    if not parts or any(part.magnitude is not None for part in parts):
+        whole = [torch.atleast_1d(value) for value in changed_value(change, base, adapter)]
+        return lambda block: (whole[0][block], whole[1][block])
+    dtype = torch.promote_types(base.dtype, torch.float32)
+    updates = [part.values() for part in parts]
+
+    def block_of(block: slice) -> tuple[Tensor, Tensor]:
+        delta = updates[0].delta_block(block)
+        for update in updates[1:]:
+            delta += update.delta_block(block)
+        delta = delta.to(dtype)
+        return delta, base[block] + delta
+
+    return block_of
 
 
 def changed_value(change: TensorChange, base: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:

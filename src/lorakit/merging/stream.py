@@ -52,6 +52,7 @@ class SourceFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         try:
             self._file = path.open("rb")
             length = int.from_bytes(self._file.read(8), "little")
@@ -74,16 +75,19 @@ class SourceFile:
         self._file.close()
 
     def read(self, entry: Stored) -> Tensor:
-        """One floating tensor, a copy.
+        """One floating tensor, a copy that may be written to; good until the next one is read.
 
         Raises:
             ModelError: the file ends before the tensor does.
         """
-        data = bytearray(entry.num_bytes)
+        if self._buffer.numel() < entry.num_bytes:
+            # One for all tensors: the system clears fresh memory, which takes longer than reading.
+            self._buffer = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        data = self._buffer[: entry.num_bytes]
         self._file.seek(entry.start)
-        if self._file.readinto(data) != entry.num_bytes:
+        if self._file.readinto(data.numpy().data) != entry.num_bytes:
             raise unreadable(self.path, OSError(f"the file ends within {entry.name}"))
-        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape)
+        return data.view(_DTYPES[entry.dtype]).view(entry.shape)
 
     def copy(self, entry: Stored, target: BinaryIO) -> None:
         """One tensor's bytes into another file.

@@ -184,14 +184,17 @@ def without_own_head(unexpected: Iterable[str], own: Iterable[str]) -> list[str]
     return sorted(name for name in unexpected if not name.startswith(heads or ("\0",)))
 
 
-def padding_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> int:
     """What to pad with: the model's padding token, else the tokenizer's, else the end of text.
+
+    Without a tokenizer the model's own tokens are asked.
 
     Raises:
         ModelError: none of them is there.
     """
     text = config.get_text_config()
-    candidates: list[Any] = [text.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    ends = text if tokenizer is None else tokenizer
+    candidates: list[Any] = [text.pad_token_id, ends.pad_token_id, ends.eos_token_id]
     for found in candidates:
         if isinstance(found, int) and 0 <= found < text.vocab_size:
             return found
