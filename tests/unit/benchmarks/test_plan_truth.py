@@ -1,7 +1,4 @@
-"""The committed table of predicted and measured runs, and one row of it measured again.
-
-The memory is asserted. The times are compared, and not all within their tolerance: docs/plan.md.
-"""
+"""The committed table of predicted and measured runs, and one row of it measured again."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def test_the_table_has_two_models_three_methods_and_both_ways_to_keep_activation
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_memory_is_within_what_is_promised(name: str) -> None:
+def test_memory_and_time_are_within_what_is_promised(name: str) -> None:
     row, allowed = ROWS[name], TABLE["tolerance"]
     memory, time = row["memory"], row["time"]
     assert allowed == {"memory": 0.15, "time": 0.25}
@@ -35,6 +32,7 @@ def test_memory_is_within_what_is_promised(name: str) -> None:
     assert memory["ratio"] == pytest.approx(memory["predicted_bytes"] / memory["measured_bytes"])
     assert abs(memory["ratio"] - 1) <= allowed["memory"]
     assert time["ratio"] == pytest.approx(time["predicted_s"] / time["measured_s"])
+    assert abs(time["ratio"] - 1) <= allowed["time"]
 
 
 @pytest.mark.slow
