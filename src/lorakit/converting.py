@@ -32,13 +32,13 @@ class ConvertOptions:
         source_format: None to look at the path.
         alpha: the numerator of the scaling, where the format has none (loralib).
         parts: adapted parts of fused projections, in order (loralib).
-        prefix: before every name (kohya).
+        prefix: before every name (kohya); None writes lora_te and reads any of sd-scripts'.
     """
 
     source_format: str | None = None
     alpha: float | None = None
     parts: tuple[str, ...] = ()
-    prefix: str = "lora_te"
+    prefix: str | None = None
 
 
 def convert(

@@ -16,7 +16,6 @@ _UNITS = {
     "": 1.0,
     "k": 1e3,
     "m": 1e6,
-    "b": 1 / _FLOAT32_BYTES,
     "kb": 1e3 / _FLOAT32_BYTES,
     "mb": 1e6 / _FLOAT32_BYTES,
     "gb": 1e9 / _FLOAT32_BYTES,
@@ -41,9 +40,18 @@ def budget_params(budget: int | str) -> int:
         budget: parameters (400000, "400k", "1.5M"), or bytes of float32 ("1.5 MB", "64 KiB").
 
     Raises:
-        SpecError: it cannot be understood, or is nothing.
+        SpecError: it cannot be understood, is nothing, or has a lone B, which is a billion
+            parameters to one reader and bytes to another.
     """
     found = _BUDGET.fullmatch(str(budget).strip().replace("_", ""))
+    if found is not None and found["unit"].lower() == "b":
+        number = float(found["number"])
+        raise SpecError(
+            "the budget may mean billions of parameters, or bytes",
+            where="budget",
+            found=repr(budget),
+            remedy=f'"{number * 1000:g}M" for parameters, "{number / 1000:g} kB" for bytes',
+        )
     unit = _UNITS.get(found["unit"].lower()) if found else None
     if isinstance(budget, bool) or found is None or unit is None:
         raise SpecError(

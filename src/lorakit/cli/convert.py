@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a loralib file: which parts of fused projections are adapted, as in q,v",
     )
     parser.add_argument(
-        "--prefix", default="lora_te", help="before every name in kohya's format (default: lora_te)"
+        "--prefix",
+        help="before every name in kohya's format (default: lora_te; read: any lora_te, lora_te1, "
+        "...); what begins otherwise is not read",
     )
 
 

@@ -28,14 +28,14 @@ class Conversion:
         base: how the base is named, for PEFT's configuration.
         alpha: the numerator of the scaling, where the format has none (loralib).
         parts: the parts of fused projections that were adapted, in order (loralib).
-        prefix: what stands before every name (kohya).
+        prefix: what stands before every name (kohya); None writes lora_te and reads any known one.
     """
 
     model: nn.Module
     base: str
     alpha: float | None = None
     parts: tuple[str, ...] = ()
-    prefix: str = "lora_te"
+    prefix: str | None = None
 
 
 class ForeignFormat(Protocol):
@@ -206,7 +206,7 @@ class Names:
         """Every name with the module it means.
 
         Raises:
-            AdapterFileError: a name that means no module.
+            AdapterFileError: a name that means no module, or two names that mean one.
         """
         found = {name: self.find(name) for name in names}
         lost = [name for name, module in found.items() if module is None]
@@ -220,7 +220,9 @@ class Names:
                 if close
                 else "is --base right?",
             )
-        return {name: module for name, module in found.items() if module is not None}
+        meant = {name: module for name, module in found.items() if module is not None}
+        one_name_each(meant, where)
+        return meant
 
     def kind(self, module: str, where: Path) -> LayerKind:
         """The geometry of a module.
@@ -262,6 +264,30 @@ class Names:
             kind=kind.name,
             module=module,
         )
+
+
+def one_name_each(meant: Mapping[str, str], where: Path, *, remedy: str | None = None) -> None:
+    """Refuse two names of one module: the second would replace the first without a word.
+
+    Args:
+        meant: name in the file -> module.
+        where: the file.
+        remedy: what to do.
+
+    Raises:
+        AdapterFileError: two names mean one module.
+    """
+    first: dict[str, str] = {}
+    for name, module in meant.items():
+        earlier = first.setdefault(module, name)
+        if earlier != name:
+            raise AdapterFileError(
+                "two names in the file mean one module of the base",
+                where=f"{where}: {module}",
+                expected="one update",
+                found=f"{earlier} and {name}",
+                remedy=remedy or "leave one of the two out of the file",
+            )
 
 
 def made_adapter(

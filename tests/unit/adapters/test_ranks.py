@@ -35,7 +35,7 @@ def _batches(model, count=3):
         ("1.5M", 1_500_000),
         ("1.5 MB", 375_000),
         ("64 KiB", 16_384),
-        ("1024b", 256),
+        ("1.5 gb", 375_000_000),
     ],
 )
 def test_a_budget_is_parameters_or_bytes(budget, num_params):
@@ -46,6 +46,15 @@ def test_a_budget_is_parameters_or_bytes(budget, num_params):
 def test_a_budget_that_says_nothing_is_refused(budget):
     with pytest.raises(SpecError, match="budget"):
         budget_params(budget)
+
+
+@pytest.mark.parametrize("budget", ["1.5B", "1.5 b", "1500B"])
+def test_a_lone_b_is_asked_back(budget):
+    """Beside k and M it reads as billions of parameters; beside kB and MB as bytes."""
+    with pytest.raises(SpecError, match="billions of parameters, or bytes") as caught:
+        budget_params(budget)
+    if budget == "1.5B":
+        assert '"1500M" for parameters, "0.0015 kB" for bytes' in str(caught.value)
 
 
 def test_the_equal_rank_is_the_largest_within_the_budget():
