@@ -25,6 +25,8 @@ RECIPES = (
     ("llama-3-8b", 8, False, False, True),
     ("llama-3-8b", 8, True, False, True),
     ("llama-3-70b", 8, False, True, True),
+    ("llama-3-70b", 2, True, True, True),
+    ("llama-3-70b", 8, True, True, True),
     ("llama-3-70b", 8, True, False, True),
     ("llama-3-70b", 16, True, False, True),
     ("gpt3-175b", 8, True, False, True),
@@ -70,7 +72,7 @@ def _row(recipe: tuple[str, int, bool, bool, bool]) -> dict[str, Any]:
     memory = plan.memory
     return {
         "model": model,
-        "how": "split (FSDP2)" if shard else "whole in NF4" if four_bit else "whole",
+        "how": ("split (FSDP2)" if shard else "whole") + (" in NF4" if four_bit else ""),
         "processes": processes,
         "recomputed": recomputed,
         "trained_params": plan.report.num_trainable,

@@ -8,12 +8,15 @@ machines whose processes talk faster inside than outside are not in it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit.errors import RequestError
 from lorakit.planner.depth import repeated_blocks
+from lorakit.weights.nf4 import BITS_PER_PARAM, INDEX_BITS, is_planned_four_bit
 
 _BITS = 8
 # The block that is computed, and the next one on its way.
@@ -115,25 +118,45 @@ def estimate_network(
     )
 
 
-def shard_bytes(model: PreTrainedModel, weights_bytes: int, processes: int) -> int:
+def shard_bytes(model: PreTrainedModel, dtype: torch.dtype, processes: int) -> int:
     """What a process holds of a base that is split, at the fullest moment, in bytes.
 
     Its own share; two blocks whole, the one that is computed and the next; and what is outside of
     blocks (embeddings, head), which stays whole during a step. Where no blocks are found, all of it
-    is whole.
+    is whole. Scales of 4-bit weights are not split.
 
     Args:
-        model: the base on the meta device.
-        weights_bytes: of all of it.
+        model: the base on the meta device; layers that will be in 4 bits are marked.
+        dtype: of what is dense.
         processes: how many split it.
     """
+    total = _stored_bytes(model, dtype)
     if processes == 1:
-        return weights_bytes
+        return round(total.split + total.whole)
     blocks = repeated_blocks(model)
-    total = sum(p.numel() for p in model.parameters())
-    if blocks is None:
-        return weights_bytes + weights_bytes // processes
-    found = model.get_submodule(blocks.name).children()
-    sizes = sorted(sum(p.numel() for p in block.parameters()) for block in found)
-    at_once = total - sum(sizes) + sum(sizes[-_BLOCKS_AT_ONCE:])
-    return weights_bytes // processes + round(weights_bytes * at_once / total)
+    at_once = total.split
+    if blocks is not None:
+        found = model.get_submodule(blocks.name).children()
+        sizes = sorted(_stored_bytes(block, dtype).split for block in found)
+        at_once = total.split - sum(sizes) + sum(sizes[-_BLOCKS_AT_ONCE:])
+    return round(total.split / processes + at_once + total.whole)
+
+
+class _Stored(NamedTuple):
+    """Bytes of weights: those that can be split, and those that each process keeps."""
+
+    split: float
+    whole: float
+
+
+def _stored_bytes(module: nn.Module, dtype: torch.dtype) -> _Stored:
+    packed = {
+        id(layer.get_parameter("weight"))
+        for layer in module.modules()
+        if is_planned_four_bit(layer)
+    }
+    numbers = {True: 0, False: 0}
+    for parameter in module.parameters():
+        numbers[id(parameter) in packed] += parameter.numel()
+    scales = numbers[True] * (BITS_PER_PARAM - INDEX_BITS) / 8
+    return _Stored(numbers[True] * INDEX_BITS / 8 + numbers[False] * dtype.itemsize, scales)

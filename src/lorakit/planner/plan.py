@@ -111,13 +111,6 @@ class RunRequest:
                     found="processes: 1",
                     remedy="say how many train together: --processes 8",
                 )
-        if self.shard and self.quantize is not None:
-            raise RequestError(
-                "a base in 4 bits is not split over processes",
-                where="shard and quantize",
-                expected="one of them",
-                remedy="leave out --shard: each process holds the whole 4-bit base",
-            )
 
     @property
     def batch(self) -> BatchShape:
@@ -142,6 +135,7 @@ class RunPlan:
         report: its counts.
         setup: how the numbers are held.
         training: memory and operations of a step.
+        gpu_setup: the same on a GPU.
         on_gpu: the memory of the same run on a GPU.
         generation: the memory of answering one row of that length; None without a head.
         calibration: the micro-step, if one was taken.
@@ -154,6 +148,7 @@ class RunPlan:
     report: TrainableReport
     setup: TrainingSetup
     training: TrainingEstimate
+    gpu_setup: TrainingSetup
     on_gpu: TrainingEstimate
     generation: GenerationEstimate | None
     calibration: Calibration | None = None
@@ -176,17 +171,17 @@ class RunPlan:
     @property
     def gpu_memory(self) -> MemoryEstimate:
         """The same as `memory` on a GPU."""
-        return self._in_shards(self.on_gpu.memory)
+        return self._in_shards(self.on_gpu.memory, self.gpu_setup)
 
     @property
     def memory(self) -> MemoryEstimate:
         """What each process holds at the fullest moment of a step."""
-        return self._in_shards(self.training.memory)
+        return self._in_shards(self.training.memory, self.setup)
 
-    def _in_shards(self, memory: MemoryEstimate) -> MemoryEstimate:
+    def _in_shards(self, memory: MemoryEstimate, setup: TrainingSetup) -> MemoryEstimate:
         if not self.request.shard:
             return memory
-        held = shard_bytes(self.model, memory.weights_bytes, self.request.processes)
+        held = shard_bytes(self.model, setup.dtype, self.request.processes)
         return replace(memory, weights_bytes=held)
 
     @property
@@ -259,7 +254,7 @@ def plan_run(request: RunRequest) -> RunPlan:
     four_bit = holds_four_bit(model)
     setup = _setup(request, device, in_place=in_place, four_bit=four_bit)
     training = estimate_training(model, method, request.batch, setup)
-    on_gpu = training
+    on_gpu, gpu_setup = training, setup
     if device != "cuda":
         gpu_setup = _setup(request, "cuda", in_place=in_place, four_bit=four_bit)
         on_gpu = estimate_training(model, method, request.batch, gpu_setup)
@@ -274,6 +269,7 @@ def plan_run(request: RunRequest) -> RunPlan:
         report=report,
         setup=setup,
         training=training,
+        gpu_setup=gpu_setup,
         on_gpu=on_gpu,
         generation=generation,
     )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 from lorakit.adapters.spec import MOVING
 from lorakit.errors import ConfigError
 from lorakit.processes import Processes
@@ -23,7 +20,6 @@ def require_processes(config: TrainConfig, processes: Processes, *, sharded: boo
     Raises:
         ConfigError: with the key that stands against it.
     """
-    _require_no_deepspeed()
     if processes.alone:
         return
     if sharded:
@@ -53,17 +49,3 @@ def require_processes(config: TrainConfig, processes: Processes, *, sharded: boo
             found=f"task: kto in {processes.num} processes",
             remedy="start it without a launcher: lorakit train CONFIG.yaml",
         )
-
-
-def _require_no_deepspeed() -> None:
-    """ZeRO-3 also splits what is learned, so that no process could save a whole adapter."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
-        return
-    installed = importlib.util.find_spec("deepspeed") is not None
-    raise ConfigError(
-        "training under DeepSpeed is not in this version",
-        where="accelerate's setting use_deepspeed (ACCELERATE_USE_DEEPSPEED)",
-        expected="FSDP2, which splits the base in the same way and keeps the adapter whole",
-        found="deepspeed is installed" if installed else "deepspeed is not installed either",
-        remedy="accelerate launch --use_fsdp --fsdp_version 2 -m lorakit train CONFIG.yaml",
-    )

@@ -204,7 +204,7 @@ def prepare(
     batch = _largest_batch(data, objective, config.train.batch_size)
     memory = estimate_training(base, config.make_method(beside), batch, setup).memory
     if sharded:
-        held = shard_bytes(base, memory.weights_bytes, group.num)
+        held = shard_bytes(base, setup.dtype, group.num)
         memory = replace(memory, weights_bytes=held)
     free_bytes = _room(memory, device, group)
     together = config.train.batch_size * group.num

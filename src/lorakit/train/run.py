@@ -39,6 +39,7 @@ from lorakit.train.data_start import (
     ranks_from_data,
     start_from_data,
 )
+from lorakit.train.deepspeed import deepspeed_asked
 from lorakit.train.interrupt import Interrupt, TrainingPaused
 from lorakit.train.moving_ranks import moving_ranks_of
 from lorakit.train.objectives.registry import best_metric
@@ -98,7 +99,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
 
 def _prepared_run(config: TrainConfig, group: Processes, *, resume: bool, say: Say) -> _Run:
     """The run with everything checked that can be before anything is loaded."""
-    sharding = sharding_asked(group)
+    asked = deepspeed_asked(config, group)
+    sharding = sharding_asked(group) if asked is None else asked.sharding
     require_processes(config, group, sharded=sharding is not None)
     if config.train.tensorboard:
         require_tensorboard()
@@ -106,7 +108,7 @@ def _prepared_run(config: TrainConfig, group: Processes, *, resume: bool, say: S
     prepared = prepare(config, processes=group, sharded=sharding is not None)
     run = _Run(config, prepared, start, say if group.is_first else _silent, group)
     run.sharding = sharding
-    for line in prepared.lines(config):
+    for line in (*prepared.lines(config), *(asked.notes if asked else ())):
         run.say(line)
     if start is not None:
         check_same_run(start, run.course.identity)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from lorakit.errors import ConfigError
 from lorakit.models.blocks import transformer_blocks
 from lorakit.processes import Processes
 from lorakit.train.config import TrainConfig
+from lorakit.weights.nf4 import FourBitWeight, QuantizedLinear, is_four_bit
 
 _ASKED = "ACCELERATE_USE_FSDP"
 
@@ -54,7 +56,7 @@ def sharding_asked(processes: Processes) -> Sharding | None:
     Raises:
         ConfigError: FSDP of the first version.
     """
-    if not _is_set(_ASKED):
+    if not is_set(_ASKED):
         return None
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
@@ -69,7 +71,7 @@ def sharding_asked(processes: Processes) -> Sharding | None:
     if processes.alone:
         return None
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1")
-    return Sharding(reshard_after_forward=reshard, offload=_is_set("FSDP_OFFLOAD_PARAMS"))
+    return Sharding(reshard_after_forward=reshard, offload=is_set("FSDP_OFFLOAD_PARAMS"))
 
 
 def require_sharding(config: TrainConfig) -> None:
@@ -79,12 +81,6 @@ def require_sharding(config: TrainConfig) -> None:
         ConfigError: with the key that stands against it.
     """
     reasons = (
-        (
-            config.model.quantize is not None,
-            "model.quantize",
-            "4-bit weights carry their scales beside them, which FSDP2 does not split; without "
-            "FSDP each process keeps the whole 4-bit base",
-        ),
         (
             config.method != "lora",
             "method",
@@ -111,7 +107,7 @@ def require_sharding(config: TrainConfig) -> None:
             raise ConfigError(
                 f"this does not go together with a base in shards (FSDP2): {why}",
                 where=key,
-                expected="a dense base and a plain LoRA adapter",
+                expected="a plain LoRA adapter",
                 remedy="change it, or start without FSDP: torchrun -m lorakit train",
             )
 
@@ -149,7 +145,12 @@ def shard_base(
     learned = [p for p in model.parameters() if p.requires_grad]
     for parameter in learned:
         parameter.data = parameter.data.to(device)
-    policy: OffloadPolicy = CPUOffloadPolicy() if sharding.offload else OffloadPolicy()
+    for module in model.modules():
+        if is_four_bit(module):
+            _leave_scales(module, device)
+    # On a CPU they are in the host's memory already.
+    offload = sharding.offload and device.type != "cpu"
+    policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for block in [block.module for block in transformer_blocks(model)]:
         _shard(block, learned, mesh, policy, sharding.reshard_after_forward)
     _shard(model, learned, mesh, policy, False)
@@ -158,6 +159,19 @@ def shard_base(
             module.register_buffer(
                 name, buffer.to(device), name not in module._non_persistent_buffers_set
             )
+
+
+def _leave_scales(layer: nn.Module, device: torch.device) -> None:
+    """Make the packed indices of a Linear4bit a parameter like any other; mutates `layer`.
+
+    Its scales (1/32 of the indices' size) stay with the layer, on `device`, where bitsandbytes
+    looks for them when a parameter that was split comes together.
+    """
+    parameter, state = FourBitWeight(layer).keep()
+    packed = parameter.detach().as_subclass(Tensor)
+    layer.register_parameter("weight", nn.Parameter(packed, requires_grad=False))
+    cast(Any, state).to(device)
+    cast(QuantizedLinear, layer).quant_state = state
 
 
 def _shard(
@@ -176,5 +190,6 @@ def _shard(
     )
 
 
-def _is_set(name: str) -> bool:
+def is_set(name: str) -> bool:
+    """Whether an environment variable of accelerate says yes."""
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")

@@ -23,8 +23,9 @@ from lorakit.errors import ModelError
 BLOCK = 64
 STATISTICS_BLOCK = 256
 EXTRA = "pip install 'lorakit[quant]'"
+INDEX_BITS = 4
 # 4 bits, 8/64 for the scale of a block, 32/(64 * 256) for the scale of 256 scales.
-BITS_PER_PARAM = 4 + 8 / BLOCK + 32 / (BLOCK * STATISTICS_BLOCK)
+BITS_PER_PARAM = INDEX_BITS + 8 / BLOCK + 32 / (BLOCK * STATISTICS_BLOCK)
 _TAIL = 0.9677083
 _SOURCE = "_lorakit_source"
 _PLANNED = "_lorakit_planned_nf4"

@@ -4,9 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 
 from lorakit.cli.main import main
 from lorakit.errors import RequestError
+from lorakit.models.quantizable import quantizable
 from lorakit.planner.network import estimate_network, shard_bytes
 from lorakit.planner.plan import RunRequest, plan_run
 from lorakit.planner.shapes import SHAPES
@@ -68,7 +70,7 @@ def test_a_plan_for_processes_splits_the_base_alone() -> None:
     assert whole.memory == alone.memory
     base = alone.memory.weights_bytes
     assert base / 4 < split.memory.weights_bytes < base
-    assert split.memory.weights_bytes == shard_bytes(split.model, base, 4)
+    assert split.memory.weights_bytes == shard_bytes(split.model, split.setup.dtype, 4)
     others = alone.memory.total_bytes - base
     assert split.memory.total_bytes - split.memory.weights_bytes == others
     assert split.gpus[0].used < whole.gpus[0].used
@@ -94,8 +96,25 @@ def test_shards_hold_a_share_two_blocks_and_what_is_outside() -> None:
     block = sum(p.numel() for p in model.get_submodule("model.layers.0").parameters())
     outside = total - shape["num_hidden_layers"] * block
     expected = 2 * (total / 8 + 2 * block + outside)
-    assert shard_bytes(model, 2 * total, 8) == pytest.approx(expected, rel=1e-6)
-    assert shard_bytes(model, 2 * total, 1) == 2 * total
+    assert shard_bytes(model, torch.bfloat16, 8) == pytest.approx(expected, rel=1e-6)
+    assert shard_bytes(model, torch.bfloat16, 1) == 2 * total
+
+
+def test_shards_of_a_base_in_4_bits_leave_its_scales_whole() -> None:
+    plan = plan_run(request(quantize="nf4", processes=8, shard=True))
+    model, whole = plan.model, plan_run(request(quantize="nf4"))
+    packed = sum(m.get_parameter("weight").numel() for m in quantizable(model).values())
+    dense = sum(p.numel() for p in model.parameters()) - packed
+    layers = SHAPES["smollm2-135m"]["num_hidden_layers"]
+    block = model.get_submodule("model.layers.0")
+    block_packed = packed // layers
+    block_dense = sum(p.numel() for p in block.parameters()) - block_packed
+    outside = dense - layers * block_dense
+    split = (packed / 2 + 2 * dense) / 8 + 2 * (block_packed / 2 + 2 * block_dense) + 2 * outside
+    scales = packed * (1 / 64 + 4 / (64 * 256))
+    assert plan.memory.weights_bytes == pytest.approx(split + scales, rel=1e-6)
+    assert plan.memory.weights_bytes < whole.memory.weights_bytes
+    assert plan.gpu_memory.weights_bytes == plan.memory.weights_bytes
 
 
 @pytest.mark.parametrize(
@@ -104,7 +123,6 @@ def test_shards_hold_a_share_two_blocks_and_what_is_outside() -> None:
         ({"shard": True}, "shard"),
         ({"bandwidth_gbps": 10.0}, "bandwidth_gbps"),
         ({"processes": 0}, "processes"),
-        ({"processes": 2, "shard": True, "quantize": "nf4"}, "quantize"),
     ],
 )
 def test_requests_that_mean_nothing(changes, where) -> None:

@@ -28,7 +28,6 @@ def config(directory, **changes) -> TrainConfig:
             False,
             "lora.ranks",
         ),
-        ({"model": {"ref": "-", "quantize": "nf4"}}, True, "model.quantize"),
         ({"lora": {"update": "dora"}}, True, "lora.update"),
         ({"lora": {"init": "pissa"}}, True, "lora.init"),
         ({"lora": {"init": "eva"}}, True, "lora.init"),
@@ -49,13 +48,6 @@ def test_another_method_is_refused_in_shards(tmp_path) -> None:
     require_processes(made, TWO, sharded=False)
     with pytest.raises(ConfigError, match="kept whole"):
         require_processes(made, TWO, sharded=True)
-
-
-def test_deepspeed_is_refused_with_what_to_take_instead(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match="DeepSpeed") as caught:
-        require_processes(config(tmp_path), TWO, sharded=False)
-    assert "--fsdp_version 2" in (caught.value.remedy or "")
 
 
 def test_what_accelerate_asks_for(monkeypatch) -> None:
