@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+from contextlib import suppress
 
 from lorakit.errors import RequestError, WorkError
 
@@ -23,6 +26,21 @@ def num_launched() -> int:
 def speaks() -> bool:
     """Whether this process shows progress: the first of several does."""
     return num_launched() == 1 or _number("RANK", 0) == 0
+
+
+def leave(exit_code: int) -> None:
+    """End this process here where it is one of several; returns where it is alone.
+
+    Python's own shutdown is left out, what was registered for it is not: a thread of gloo's may
+    still hold the last tensor of a message, asks Python for it in the middle of the shutdown, and
+    the process ends with SIGABRT behind a run that is whole (pytorch/pytorch#190489).
+    """
+    with suppress(RequestError, OSError):
+        if num_launched() > 1:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_code)
 
 
 def failed_elsewhere(rank: int, exit_code: int) -> FailedElsewhereError:

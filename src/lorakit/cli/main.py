@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol, TextIO, cast
 
 from lorakit.cli import console
 from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
-from lorakit.launcher import FailedElsewhereError, failed_elsewhere, num_launched, speaks
+from lorakit.launcher import FailedElsewhereError, failed_elsewhere, leave, num_launched, speaks
 from lorakit.pages import use_huge_pages
 
 # Only the chosen verb's module is imported: the help must not wait for torch.
@@ -87,9 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code.
 
     Args:
-        argv: the arguments without the program's name; by default the process's own.
+        argv: the arguments without the program's name; by default the process's own, which ends
+            here where a launcher started several.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        return _exit_code(list(argv))
+    code = _exit_code(sys.argv[1:])
+    leave(code)
+    return code
+
+
+def _exit_code(words: list[str]) -> int:
     as_json = "--json" in words
     try:
         return _dispatch(words, as_json)

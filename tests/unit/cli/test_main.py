@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -182,3 +183,28 @@ def test_a_reader_that_leaves_is_not_an_error_with_a_traceback():
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize(("num", "code"), [("2", 2), ("1", -signal.SIGABRT)])
+def test_one_of_several_processes_ends_before_a_thread_of_torch_can_take_it_down(num, code):
+    # What a thread of gloo does in the middle of Python's shutdown: abort.
+    program = """
+import atexit, os, sys
+class Late:
+    def __del__(self): os.abort()
+late = Late()
+atexit.register(print, "what was registered for the end")
+from lorakit.cli.main import main
+sys.argv = ["lorakit", "--no-such-option"]
+raise SystemExit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "WORLD_SIZE": num},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "no-such-option" in done.stderr
+    assert "what was registered for the end" in done.stdout
