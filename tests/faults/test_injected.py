@@ -1,16 +1,12 @@
-"""Killed, or refused by the disk, at every single file operation: nothing corrupt has a final name.
+"""Killed at any moment, or refused by the disk at any operation: what has a final name is whole.
 
-The default run takes a few places of each kind; `-m slow` all of saving and merging, and some
-hundred of training.
+The default run takes a few places of each kind, `-m slow` up to 200.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from safetensors.torch import load_file
 
 import tiny_models
 import tiny_runs
+from fault_runs import HOWS, Server, same, strikes, tensors
 from learned import attach_learned
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.spec import LoraSpec
@@ -28,41 +25,10 @@ from lorakit.formats.peft import save_adapter
 from lorakit.models.load import load_base_model
 from lorakit.train.checkpoints import CheckpointStore
 
-HOWS = ("kill", "ENOSPC", "EACCES")
 _SLOW = pytest.mark.slow
 # What takes a second each time: one way by default.
 KILLS = ["kill", *(pytest.param(how, marks=_SLOW) for how in HOWS[1:])]
-_EFFORTS = [pytest.param(2, id="few"), pytest.param(400, id="many", marks=_SLOW)]
-
-
-class Server:
-    """The process of fault_server.py."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.stderr = directory / "stderr.txt"
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fault_server.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, at: int, how: str, **order: Any) -> int:
-        """Carry out an order; its exit code, 137 where it was killed."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        told = {"at": at, "how": how, "root": str(self.directory), "stderr": str(self.stderr)}
-        self.process.stdin.write(json.dumps({**order, **told}) + "\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        assert code in (0, 2, 137), self.stderr.read_text()
-        return code
-
-    def count(self, **order: Any) -> int:
-        """How many file operations it takes when nothing goes wrong."""
-        assert self.run(0, "count", **order) == 0
-        return int(self.stderr.read_text())
+_EFFORTS = [pytest.param(2, id="few"), pytest.param(200, id="many", marks=_SLOW)]
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +52,6 @@ def adapters(server: Server) -> tuple[Path, Path, Path]:
     return server.directory / "model", found[0], found[1]
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "adapter_model.safetensors")
-
-
-def _same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
-
-
-def _places(total: int, effort: int) -> list[int]:
-    """Every operation, or some of them."""
-    if total <= effort:
-        return list(range(1, total + 1))
-    rng = random.Random(total)
-    return sorted(rng.sample(range(1, total + 1), effort))
-
-
 @pytest.mark.parametrize("effort", _EFFORTS)
 @pytest.mark.parametrize("how", HOWS)
 def test_saving_over_an_adapter(
@@ -117,18 +67,18 @@ def test_saving_over_an_adapter(
         shutil.copytree(old, output)
 
     prepare()
-    for at in _places(server.count(**order), effort):
+    for at in strikes(server, how, effort, **order):
         prepare()
         code = server.run(at, how, **order)
         if output.exists():
-            kept = _tensors(output)
+            kept = tensors(output)
             Adapter.load(output)
-            assert _same(kept, _tensors(new)) or _same(kept, _tensors(old))
-        if how != "kill":
+            assert same(kept, tensors(new)) or same(kept, tensors(old))
+        if code != 137:
             assert output.exists()
-            assert code == 0 or _same(_tensors(output), _tensors(old))
+            assert code == 0 or same(tensors(output), tensors(old))
         assert server.run(0, "redo", **order) == 0
-        assert _same(_tensors(output), _tensors(new))
+        assert same(tensors(output), tensors(new))
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -136,7 +86,7 @@ def test_a_record_is_the_old_one_or_the_new_one(server: Server, how: str) -> Non
     output = server.directory / "records" / "run.json"
     output.parent.mkdir(exist_ok=True)
     order = {"work": "record", "output": str(output)}
-    for at in _places(server.count(**order), 100):
+    for at in strikes(server, how, 20, **order):
         output.write_text('{"old": true}')
         server.run(at, how, **order)
         assert json.loads(output.read_text()).keys() in ({"old"}, {"new", "filler"})
@@ -156,22 +106,22 @@ def test_merging(server: Server, adapters: tuple[Path, Path, Path], how: str, ef
         place.mkdir()
 
     prepare()
-    total = server.count(**order)
+    struck = strikes(server, how, effort, **order)
     whole = load_file(output / "model.safetensors")
-    for at in _places(total, effort):
+    for at in struck:
         prepare()
         code = server.run(at, how, **order)
         assert (code == 0) <= output.exists()
         if output.exists():
-            assert _same(load_file(output / "model.safetensors"), whole)
+            assert same(load_file(output / "model.safetensors"), whole)
             assert json.loads((output / "merge.json").read_text())
             shutil.rmtree(output)
-        elif how != "kill":
+        elif code != 137:
             # A directory that became read-only keeps what was begun, under a temporary name.
             left = [file.name for file in place.iterdir()]
             assert all(how == "EACCES" and name.endswith(".partial") for name in left), left
         assert server.run(0, "redo", **order) == 0
-        assert _same(load_file(output / "model.safetensors"), whole)
+        assert same(load_file(output / "model.safetensors"), whole)
 
 
 @pytest.mark.parametrize("effort", [pytest.param(1, id="few"), _EFFORTS[1]])
@@ -188,9 +138,9 @@ def test_training_goes_on(server: Server, how: str, effort: int) -> None:
     order = {"work": "train", "config": config, "output": str(output), "resume": False}
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    total = server.count(**order)
-    whole = _tensors(output / "adapter")
-    for at in _places(total, effort):
+    struck = strikes(server, how, effort, **order)
+    whole = tensors(output / "adapter")
+    for at in struck:
         shutil.rmtree(place)
         place.mkdir()
         server.run(at, how, **order)
@@ -198,14 +148,73 @@ def test_training_goes_on(server: Server, how: str, effort: int) -> None:
         assert [
             store.read(step) for step in store.steps() if isinstance(store.read(step), str)
         ] == []
-        for name in ("run.json",):
-            if (output / name).exists():
-                assert json.loads((output / name).read_text())
+        if (output / "run.json").exists():
+            assert json.loads((output / "run.json").read_text())
         if (output / "adapter").exists():
             Adapter.load(output / "adapter")
         resume = bool(store.steps())
         if not resume:
             shutil.rmtree(output, ignore_errors=True)
         assert server.run(0, "redo", **{**order, "resume": resume}) == 0
-        assert _same(_tensors(output / "adapter"), whole)
+        assert same(tensors(output / "adapter"), whole)
         assert json.loads((output / "run.json").read_text())["kind"] == "train"
+
+
+@pytest.fixture(scope="module")
+def together(server: Server) -> dict[str, dict[str, Any]]:
+    """Orders of runs that are trained together: a sweep, and cells of a comparison."""
+    source = server.directory / "shared"
+    source.mkdir()
+    tiny_runs.write_all(source)
+    options = {"epochs": None, "max_steps": 4, "save_every": 1, "eval_every": 2}
+    one = tiny_runs.values(source, "unused", **options, gradient_accumulation=1)
+    one["lora"]["dropout"] = 0.0
+    other = {**one, "train": {**one["train"], "lr": 0.03}}
+    halved = {key: value for key, value in one.items() if key != "output"}
+    halved["train"] = {key: value for key, value in one["train"].items() if key != "epochs"}
+    grid = {"lr": [1e-3, 3e-2], "lora.r": [2, 4]}
+    halved["sweep"] = {"grid": grid, "halving": {"every": 2}, "together": 3}
+    return {
+        "sweep": {"work": "sweep", "config": halved},
+        "cells": {"work": "beside", "configs": {"one": one, "other": other}},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("work", ["sweep", "cells"])
+def test_runs_trained_together_go_on(
+    server: Server, together: dict[str, dict[str, Any]], work: str, how: str
+) -> None:
+    place = server.directory / "together"
+    output = place / work
+    order = {**together[work], "output": str(output)}
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    struck = strikes(server, how, 40, **order)
+    whole = _runs_of(output)
+    assert len(whole) == (4 if work == "sweep" else 2)
+    for at in struck:
+        shutil.rmtree(place)
+        place.mkdir()
+        server.run(at, how, **order)
+        for file in output.rglob("*.json"):
+            # Nothing half-written, wherever it stopped.
+            assert ".partial" in str(file) or json.loads(file.read_text())
+        assert server.run(0, "redo", **order) == 0, (at, server.stderr.read_text())
+        found = _runs_of(output)
+        assert found.keys() == whole.keys()
+        for name, (steps, values) in found.items():
+            assert steps == whole[name][0]
+            for key, value in values.items():
+                torch.testing.assert_close(value, whole[name][1][key], rtol=0, atol=1e-5)
+
+
+def _runs_of(output: Path) -> dict[str, tuple[list[int], dict[str, torch.Tensor]]]:
+    """The steps in its metrics and what it learned, of every run that is finished."""
+    found: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
+    for record in sorted(output.rglob("run.json")):
+        lines = (record.parent / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        found[record.parent.name] = steps, tensors(record.parent / "adapter")
+    return found

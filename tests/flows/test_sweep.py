@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import lorakit as lk
 import tiny_runs
 from lorakit.cli.main import main
-from lorakit.errors import MemoryPlanError
+from lorakit.errors import LorakitWarning, MemoryPlanError
 from lorakit.sweep.config import SweepConfig
 from lorakit.sweep.plan import plan_sweep
 from lorakit.sweep.run import sweep
@@ -114,6 +115,21 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(
     for one, other in zip(whole.document["arms"], again.document["arms"], strict=True):
         assert one["eval_curve"] == other["eval_curve"]
         assert one["train_curve"] == other["train_curve"]
+
+
+def test_a_kill_while_a_finished_arm_is_tidied_stops_nothing(directory, tmp_path) -> None:
+    made = {**values(directory), "output": str(tmp_path / "out")}
+    whole = sweep(SweepConfig.from_dict(made), say=lambda _: None)
+    # Behind the record of an arm its checkpoints are removed, file by file.
+    left = tmp_path / "out" / "arms" / whole.document["best"] / "checkpoints" / "step-00000005"
+    left.mkdir(parents=True)
+    (left / "optimizer.pt").write_bytes(b"half of")
+    (tmp_path / "out" / "sweep.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LorakitWarning)
+        again = sweep(SweepConfig.from_dict(made), say=lambda _: None)
+    assert again.document["arms"] == whole.document["arms"]
+    assert not left.exists()
 
 
 def test_an_arm_that_diverges_fails_alone(directory, tmp_path) -> None:
