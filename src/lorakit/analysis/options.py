@@ -77,6 +77,13 @@ class AnalyzeOptions:
                 expected=">= 1",
                 found=str(self.directions),
             )
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(
+                "the seed is out of range",
+                where="seed",
+                expected="0 <= seed < 2^63",
+                found=str(self.seed),
+            )
 
     def chosen(self, given: frozenset[str]) -> tuple[str, ...]:
         """What is measured with what is given: "base", "run", "pair".

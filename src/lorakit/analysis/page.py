@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from lorakit.analysis.pairs import Similarity
@@ -10,7 +11,7 @@ from lorakit.analysis.plots import heat_maps, over_steps, spectra
 from lorakit.analysis.run import Analysis, SiteFacts
 from lorakit.analysis.spectra import INTRUDER_THRESHOLD, NUM_LEADING
 from lorakit.formatting import format_count, format_number, format_share
-from lorakit.report.layer_figures import Chart, by_layer, layer_of, leaf_of
+from lorakit.report.layer_figures import Chart, by_layer, layer_of, short_names
 from lorakit.report.schema import Report, Section, Tile
 
 _MAX_MAPS = 7
@@ -39,8 +40,8 @@ def page(analysis: Analysis, command: str = "") -> Report:
 def middle_sites(sites: Sequence[str], limit: int) -> list[str]:
     """For each kind of site the one in the middle of the model, at most `limit` of them."""
     kinds: dict[str, list[str]] = {}
-    for site in sites:
-        kinds.setdefault(leaf_of(site), []).append(site)
+    for site, kind in short_names(sites).items():
+        kinds.setdefault(kind, []).append(site)
     chosen = [
         sorted(names, key=lambda name: layer_of(name) or 0)[len(names) // 2]
         for names in kinds.values()
@@ -74,21 +75,28 @@ def _tiles(analysis: Analysis) -> list[Tile]:
                 "note": f"Frobenius norm; {format_count(facts['num_params'])} parameters",
             }
         )
-    factors = [s.amplification.factor for s in analysis.sites if s.amplification]
-    known = sorted(factor for factor in factors if factor is not None)
+        tiles += _base_tiles(label, sites)
+    return tiles
+
+
+def _base_tiles(label: str, sites: Sequence[SiteFacts]) -> list[Tile]:
+    """What one adapter does to its base, where that was measured."""
+    tiles: list[Tile] = []
+    factors = [s.amplification.factor for s in sites if s.amplification]
+    known = [factor for factor in factors if factor is not None]
     if known:
         tiles.append(
             {
-                "label": "amplification, median",
-                "value": format_number(known[len(known) // 2]),
-                "note": "how much the update amplifies what the weight has there",
+                "label": f"{label}: amplification",
+                "value": format_number(median(known)),
+                "note": "median; how much the update amplifies what the weight has there",
             }
         )
-    new = [len(site.intruders.positions) for site in analysis.sites if site.intruders]
+    new = [len(site.intruders.positions) for site in sites if site.intruders]
     if new:
         tiles.append(
             {
-                "label": "intruder dimensions",
+                "label": f"{label}: intruder dimensions",
                 "value": format_count(sum(new)),
                 "note": f"in {sum(n > 0 for n in new)} of {len(new)} weights",
             }

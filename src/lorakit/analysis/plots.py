@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -65,8 +66,8 @@ def spectra(found: Mapping[str, Spectrum]) -> str:
             if not curves:
                 continue
             length = max(map(len, curves))
-            median = [_median([c[k] for c in curves if len(c) > k]) for k in range(length)]
-            axes.plot(range(1, length + 1), median, **look(number), label=name)
+            middle = [median(c[k] for c in curves if len(c) > k) for k in range(length)]
+            axes.plot(range(1, length + 1), middle, **look(number), label=name)
         finish(axes, Chart(label="singular value / the first", bottom=0, top=1.03))
         axes.set_xlabel("direction")
         figure.legend(frameon=False, loc="outside right upper", fontsize=9.5)
@@ -118,9 +119,3 @@ def heat_maps(found: Sequence[Similarity], labels: tuple[str, str]) -> str:
 def _in_layer(site: str) -> str:
     layer = layer_of(site)
     return "" if layer is None else f", layer {layer}"
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

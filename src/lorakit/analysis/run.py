@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorakit.adapters.composition.identity import require_common_base
+from lorakit.adapters.composition.recipe import Part
 from lorakit.analysis.options import AnalyzeOptions
 from lorakit.analysis.pairs import Agreement, Similarity, agreement, common_sites, similarity
 from lorakit.analysis.spectra import Amplification, Intruders, Spectrum, WeightView, spectrum
 from lorakit.analysis.training import SiteAtStep, adapter_of, norms_over_training, run_of
-from lorakit.analysis.updates import Base, Source, Update, labels_of, read_source
+from lorakit.analysis.updates import Base, Source, Update, labels_of, on_base, read_source
 from lorakit.errors import RequestError
 from lorakit.progress import track
 
@@ -82,20 +84,26 @@ class Analysis:
 
 
 def analyze(
-    paths: Sequence[str | Path], options: AnalyzeOptions | None = None, *, base: Base | None = None
+    paths: Sequence[str | Path],
+    options: AnalyzeOptions | None = None,
+    *,
+    base: Base | Callable[[], Base] | None = None,
 ) -> Analysis:
     """Measure what one adapter does to its base, or two adapters side by side.
 
     Args:
         paths: one or two directories: adapters in PEFT's layout, or runs of `lorakit train`.
         options: what is measured; everything that is possible by default.
-        base: the weights that are changed; without them, what needs them is left out.
+        base: the weights that are changed, or what loads them: it is called when everything else
+            is known to be possible. Without them, what needs them is left out.
 
     Raises:
         RequestError: not one or two adapters, no site in common, or something that cannot be
             measured with what is given.
-        AdapterFileError: an adapter cannot be read, or does not fit the base.
-        BaseMismatchError: an adapter was made for another base.
+        AdapterFileError: an adapter cannot be read, has numbers that are not finite, or does not
+            fit the base.
+        BaseMismatchError: an adapter was made for another base than the given one, or than the
+            other adapter.
         StateError: a DoRA adapter without its base.
     """
     options = options or AnalyzeOptions()
@@ -112,17 +120,17 @@ def analyze(
     given |= {"run"} if any(runs) else set()
     measures = options.chosen(frozenset(given))
     sources = [
-        read_source(
-            adapter_of(path),
-            base=base,
-            sites=options.sites,
-            any_base=options.any_base,
-            label=label,
-        )
+        read_source(adapter_of(path), sites=options.sites, label=label)
         for path, label in zip(paths, labels_of(paths), strict=True)
     ]
-    generator = torch.Generator().manual_seed(options.seed)
+    if not options.any_base:
+        require_common_base([Part(s.label, s.adapter, 1.0) for s in sources], None)
     common = common_sites(*sources) if len(sources) == 2 else []
+    if callable(base):
+        base = base()
+    if base is not None:
+        sources = [on_base(source, base, any_base=options.any_base) for source in sources]
+    generator = torch.Generator().manual_seed(options.seed)
     return Analysis(
         adapters={source.label: _facts(source) for source in sources},
         measures=measures,
@@ -222,18 +230,24 @@ def _agreement(sources: Sequence[Source], common: Sequence[str]) -> list[Agreeme
 def _notes(sources: Sequence[Source], common: Sequence[str], base: Base | None) -> tuple[str, ...]:
     notes: list[str] = []
     for source in sources:
-        alone = len(source.updates) - len(common)
+        alone = [site for site in source.updates if site not in set(common)]
         if common and alone:
-            notes.append(f"{alone} sites of {source.label} are not in the other adapter")
+            notes.append(f"of {source.label} not in the other adapter: {_some(alone)}")
         zero = [site for site, update in source.updates.items() if not float(update.svd[1].norm())]
         if zero:
-            notes.append(f"{len(zero)} updates of {source.label} are zero: {zero[0]}, ...")
+            notes.append(f"updates of {source.label} that are zero: {_some(zero)}")
         beside = [*source.adapter.biases, *source.adapter.overrides]
         if beside:
-            notes.append(
-                f"{source.label} also replaces {len(beside)} tensors, which are not looked at: "
-                f"{beside[0]}, ..."
-            )
+            notes.append(f"{source.label} also replaces, not looked at: {_some(beside)}")
+    named = {s.label: s.adapter.config.get("base_model_name_or_path") for s in sources}
+    if len({name for name in named.values() if name}) > 1:
+        bases = ", ".join(f"{label} names {name}" for label, name in named.items())
+        notes.append(f"the adapters do not name the same base: {bases}")
     if base is None:
         notes.append("without the base, amplification, intruders and relative norms are left out")
     return tuple(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and the first."""
+    return names[0] if len(names) == 1 else f"{len(names)}, the first is {names[0]}"

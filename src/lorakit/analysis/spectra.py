@@ -122,13 +122,14 @@ class WeightView:
 
         Args:
             update: the change of this weight.
-            r: how many directions; fewer are taken where the update has fewer.
+            r: how many directions; fewer are taken where the update has fewer. An update that is
+                zero has none: W0's own and random ones are then taken as many as were asked for.
             generator: of the random directions.
         """
         left, values, right = update.svd
         kept = min(r, numerical_rank(values), left.shape[1])
         num_rows, num_columns = self.weight.shape
-        size = max(kept, 1)
+        size = kept or min(r, num_rows, num_columns)
         chance = (
             random_directions(num_rows, size, generator=generator),
             random_directions(num_columns, size, generator=generator),
@@ -138,7 +139,7 @@ class WeightView:
         leading = max(1, round(TOP_SHARE * len(self.values)))
         shared = subspace_similarity(right[:, :kept], self.right[:, :leading])
         return Amplification(
-            r=kept,
+            r=size,
             of_update=along,
             of_base=float(self.values[:size].norm()),
             of_random=projected_norm(self.weight, *chance),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.identity import require_same_base
+from lorakit.adapters.strict import not_finite
 from lorakit.adapters.targets import base_modules, matches
 from lorakit.errors import AdapterFileError, RequestError, StateError
 from lorakit.layers.kinds import LayerKind, as_matrix, kind_of
@@ -24,6 +25,8 @@ from lorakit.math.svd import product_svd
 from lorakit.weights.storage import base_weight
 
 _MIN_DIRECTIONS = 64
+# Of what is wrong with an adapter.
+_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,14 +208,21 @@ def read_source(
         label: its name in tables.
 
     Raises:
-        AdapterFileError: the files cannot be read, or do not fit the base.
+        AdapterFileError: the files cannot be read, hold numbers that are not finite, or do not fit
+            the base.
         BaseMismatchError: the passport names another base.
         RequestError: no site is meant.
     """
     path = Path(path)
     adapter = Adapter.load(path)
-    if base is not None and not any_base:
-        require_same_base(base.model, adapter.passport)
+    problems = not_finite(adapter)
+    if problems:
+        raise AdapterFileError(
+            "the adapter has numbers that are not finite, and nothing can be measured of them",
+            where=str(path),
+            found="\n".join(problems[:_SHOWN]),
+            remedy="look for the step where its loss became NaN, and take an earlier checkpoint",
+        )
     chosen = {
         name: factors
         for name, factors in adapter.factors.items()
@@ -226,8 +236,23 @@ def read_source(
             expected=f"a name, suffix or expression of a site: {', '.join(leaves[:8])}",
             found=", ".join(sites) or "an adapter without low-rank updates",
         )
-    updates = {name: _update(name, factors, base) for name, factors in chosen.items()}
-    return Source(label=label or path.name, path=path, adapter=adapter, updates=updates)
+    updates = {name: _update(name, factors, None) for name, factors in chosen.items()}
+    source = Source(label=label or path.name, path=path, adapter=adapter, updates=updates)
+    return source if base is None else on_base(source, base, any_base=any_base)
+
+
+def on_base(source: Source, base: Base, *, any_base: bool = False) -> Source:
+    """The same source with the weights that it changes.
+
+    Raises:
+        AdapterFileError: it does not fit the base.
+        BaseMismatchError: the passport names another base.
+    """
+    if not any_base:
+        require_same_base(base.model, source.adapter.passport)
+    factors = source.adapter.factors
+    updates = {name: _update(name, factors[name], base) for name in source.updates}
+    return replace(source, updates=updates)
 
 
 def _update(name: str, factors: Factors, base: Base | None) -> Update:

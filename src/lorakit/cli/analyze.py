@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 
 from lorakit.analysis.options import MEASURES, AnalyzeOptions
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         require_free(args.output)
     for path in args.adapters:
         _require_lora(str(adapter_of(path)))
-    base = None if args.without_base else _load_base(args)
+    base = None if args.without_base else partial(_load_base, args)
     analysis = analyze(args.adapters, options, base=base)
     files: list[str] = []
     if args.output:
@@ -171,28 +172,44 @@ def _show(analysis: Analysis, top: int) -> None:
 
 
 def _show_sites(label: str, sites: Sequence[SiteFacts], top: int) -> None:
-    columns = ["site", "r", "norm", "of W0", "eff. rank", "along dW", "along W0", "random"]
-    columns += ["factor", "intruders"]
-    prefix = _prefix([site.site for site in sites[:top]])
+    shown = sites[:top]
+    columns = [name for name in _SITE_COLUMNS if any(_site_cell(name, site) for site in shown)]
+    prefix = _prefix([site.site for site in shown])
     title = f"{label}: {prefix}" if prefix else label
-    table = console.table(title, columns, numbers=columns[1:])
-    for site in sites[:top]:
-        found, new = site.amplification, site.intruders
-        table.add_row(
-            site.site.removeprefix(prefix),
-            str(site.spectrum.r),
-            format_number(site.spectrum.norm),
-            "" if site.relative_norm is None else format_share(site.relative_norm),
-            f"{site.spectrum.effective_rank:.2f}",
-            "" if found is None else format_number(found.of_update),
-            "" if found is None else format_number(found.of_base),
-            "" if found is None else format_number(found.of_random),
-            "" if found is None or found.factor is None else format_number(found.factor),
-            "" if new is None else str(len(new.positions)),
-        )
+    table = console.table(title, ["site", *columns], numbers=columns)
+    for site in shown:
+        name = site.site.removeprefix(prefix)
+        table.add_row(name, *(_site_cell(column, site) for column in columns))
     console.stdout().print(table)
     if len(sites) > top:
         console.note(f"{top} of {len(sites)} sites; all: --json, or -o DIR")
+
+
+_SITE_COLUMNS = (
+    "r", "norm", "of W0", "eff. rank", "along dW", "along W0", "random", "factor", "intruders",
+)  # fmt: skip
+
+
+def _site_cell(column: str, site: SiteFacts) -> str:
+    """One number of a site as text; empty where it was not measured."""
+    found, new = site.amplification, site.intruders
+    if column == "r":
+        return str(site.spectrum.r)
+    if column == "eff. rank":
+        return f"{site.spectrum.effective_rank:.2f}"
+    if column == "of W0":
+        return "" if site.relative_norm is None else format_share(site.relative_norm)
+    if column == "intruders":
+        return "" if new is None else str(len(new.positions))
+    numbers = {
+        "norm": site.spectrum.norm,
+        "along dW": None if found is None else found.of_update,
+        "along W0": None if found is None else found.of_base,
+        "random": None if found is None else found.of_random,
+        "factor": None if found is None else found.factor,
+    }
+    value = numbers[column]
+    return "" if value is None else format_number(value)
 
 
 def _prefix(sites: Sequence[str]) -> str:
@@ -205,18 +222,24 @@ def _prefix(sites: Sequence[str]) -> str:
 
 
 def _show_pair(analysis: Analysis, top: int) -> None:
-    columns = ["site", "phi(1, 1)", "phi(r1, r2)", "chance", "cosine", "sign conflict"]
-    table = console.table(" and ".join(analysis.adapters), columns, numbers=columns[1:])
     subspaces = {found.site: found for found in analysis.subspaces}
     agreements = {found.site: found for found in analysis.agreement}
-    for site in list(dict.fromkeys([*subspaces, *agreements]))[:top]:
-        phi, both = subspaces.get(site), agreements.get(site)
-        table.add_row(
-            site,
-            "" if phi is None else format_number(phi.first),
-            "" if phi is None else format_number(phi.whole),
-            "" if phi is None else format_number(phi.chance),
-            "" if both is None else format_number(both.cosine),
-            "" if both is None else format_share(both.sign_conflict),
-        )
+    sites = list(dict.fromkeys([*subspaces, *agreements]))
+    prefix = _prefix(sites[:top])
+    columns = ["phi(1, 1)", "phi(r1, r2)", "chance"] if subspaces else []
+    columns += ["cosine", "sign conflict"] if agreements else []
+    title = " and ".join(analysis.adapters) + (f": {prefix}" if prefix else "")
+    table = console.table(title, ["site", *columns], numbers=columns)
+    for site in sites[:top]:
+        cells: list[str] = []
+        if subspaces:
+            phi = subspaces.get(site)
+            numbers = (None,) * 3 if phi is None else (phi.first, phi.whole, phi.chance)
+            cells += ["" if value is None else format_number(value) for value in numbers]
+        if agreements:
+            both = agreements[site]
+            cells += [format_number(both.cosine), format_share(both.sign_conflict)]
+        table.add_row(site.removeprefix(prefix), *cells)
     console.stdout().print(table)
+    if len(sites) > top:
+        console.note(f"{top} of {len(sites)} common sites; all: --json, or -o DIR")

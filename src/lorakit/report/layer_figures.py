@@ -37,11 +37,28 @@ def layer_of(site: str) -> int | None:
 
 
 def short_names(sites: Iterable[str]) -> dict[str, str]:
-    """Site -> its leaf, as short as it may be while different leaves stay different."""
+    """Site -> what kind of site it is, as short as it may be while different kinds stay different.
+
+    A kind is a leaf, and where a model has several stacks of layers (an encoder and a decoder) also
+    the stack: `decoder q_proj`.
+    """
     leaves = {site: leaf_of(site) for site in sites}
     ends = {leaf: leaf.rpartition(".")[2] for leaf in set(leaves.values())}
     unique = len(set(ends.values())) == len(ends)
-    return {site: ends[leaf] if unique else leaf for site, leaf in leaves.items()}
+    names = {site: ends[leaf] if unique else leaf for site, leaf in leaves.items()}
+    stacks = _stacks(names)
+    return {site: f"{stacks[site]} {n}" if site in stacks else n for site, n in names.items()}
+
+
+def _stacks(sites: Iterable[str]) -> dict[str, str]:
+    """Site -> the word that tells its stack of layers from the others; empty if there is one."""
+    before = {s: s[: found.start()].split(".") for s in sites if (found := _LAYER.search(s))}
+    different = {tuple(words) for words in before.values()}
+    if len(different) < 2:
+        return {}
+    longest = max(map(len, different))
+    at = next(k for k in range(longest) if len({words[k : k + 1] for words in different}) > 1)
+    return {site: ".".join(words[at : at + 1]) for site, words in before.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

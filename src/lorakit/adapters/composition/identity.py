@@ -33,12 +33,12 @@ def require_common_base(parts: Sequence[Part], base: nn.Module | None) -> None:
         difference = first.difference(mine)
         if difference:
             raise BaseMismatchError(
-                "the parts were made for different base models",
+                "the adapters were made for different base models",
                 where=part.name,
                 expected=f"{known[0][1].get('name') or 'unnamed'} ({first.sha256[:12]}), the base "
                 f"of {known[0][0].name}",
                 found=f"{facts.get('name') or 'unnamed'} ({mine.sha256[:12]}): {difference}",
-                remedy="compose adapters of one base, or say that any base will do: --any-base",
+                remedy="take adapters of one base, or say that any base will do: --any-base",
             )
 
 
