@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
 from lorakit.errors import RequestError, WorkError
 from lorakit.files import atomic_directory, require_free
+from lorakit.formats.compared import differences
 from lorakit.formats.foreign import Conversion, common_alpha
 from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.formats.peft_config import CONFIG_NAME
@@ -145,7 +145,7 @@ def _write(adapter: Adapter, staging: Path, to: str, given: Conversion) -> Path:
 
 
 def _prove(adapter: Adapter, written: Path, to: str, given: Conversion) -> float:
-    """Read back what was written and compare every change; the largest relative error.
+    """Read back what was written and compare all of it; the largest relative error.
 
     Raises:
         WorkError: something is missing or differs by more than rounding.
@@ -157,33 +157,18 @@ def _prove(adapter: Adapter, written: Path, to: str, given: Conversion) -> float
         parts=_parts_written(adapter),
         prefix=given.prefix,
     )
-    found = _read(written, to, again)
-    before, after = adapter.modules(), found.modules()
-    lost = [m for m in before if m not in after]
-    worst, where = 0.0, ""
-    for module in before if not lost else ():
-        wanted, held = _change(adapter, module), _change(found, module)
-        size = float(wanted.norm())
-        error = float((held - wanted).norm()) / size if size else float(held.norm())
-        if error > worst:
-            worst, where = error, module
-    if lost or worst > _TOLERANCE:
+    found = differences(adapter, _read(written, to, again))
+    # A difference that is no number is none that is small enough.
+    broken = {name: error for name, error in found.items() if not error <= _TOLERANCE}
+    if broken:
+        where, error = max(broken.items(), key=lambda item: (math.isnan(item[1]), item[1]))
         raise WorkError(
             "what was written does not read back as what it was made from",
-            where=lost[0] if lost else where,
+            where=where,
             expected=f"a relative error of at most {_TOLERANCE:g}",
-            found=f"{len(lost)} modules missing" if lost else f"{worst:.3g}",
+            found=f"{error:.3g}, and {len(broken)} of {len(found)} changes beyond it",
         )
-    return worst
-
-
-def _change(adapter: Adapter, module: str) -> torch.Tensor:
-    """What the factors of a module multiply to, scaling and parts included, in float64."""
-    total = torch.zeros(())
-    for f in adapter.modules()[module].values():
-        B = f.B.flatten(1).double() * f.scaling
-        total = total + (B if f.rows is None else f.rows.spread(B.T).T) @ f.A.flatten(1).double()
-    return total
+    return max(found.values(), default=0.0)
 
 
 def _alpha(adapter: Adapter) -> float:

@@ -82,10 +82,14 @@ class WholeUpdate:
     scaling: float
 
     def at(self, scaling: float) -> Tensor:
-        """B such that `scaling` B A is the same change; the same bits where nothing is folded."""
+        """B such that `scaling` B A is the same change.
+
+        The same bits where nothing is folded; else rounded once, halves to float32.
+        """
         if self.scaling == scaling:
             return self.B
-        return (self.B.double() * (self.scaling / scaling)).to(self.B.dtype)
+        folded = self.B.double() * (self.scaling / scaling)
+        return folded.to(torch.promote_types(self.B.dtype, torch.float32))
 
 
 def whole_updates(adapter: Adapter, target: str, kinds: Sequence[str]) -> list[WholeUpdate]:
