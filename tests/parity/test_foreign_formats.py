@@ -9,11 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import tiny_models
 from learned import attach_learned
@@ -140,6 +138,49 @@ def test_mlx_lm_answers_as_we_do(update: str, tmp_path: Path) -> None:
     given = tiny_models.inputs(model)
     found = torch.tensor(theirs(mx.array(given["input_ids"].numpy())).tolist())
     torch.testing.assert_close(found, tiny_models.outputs(model, given), rtol=1e-3, atol=1e-4)
+
+
+# What mlx-lm's models read from a configuration and transformers 5 no longer writes.
+_MLX_CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_ctx": 64},
+    "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", _MLX_CONFIGS)
+def test_mlx_lm_has_other_names_for_some_models(name: str, tmp_path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    mlx_utils = pytest.importorskip("mlx_lm.utils")
+    tuner = pytest.importorskip("mlx_lm.tuner.utils")
+    # mlx-lm's GPT-NeoX has an MLP of four times the width, whatever the configuration says.
+    wide = {"intermediate_size": 128} if name == "gpt_neox" else {}
+    config = type(tiny_models.build(name).config)(
+        **{**tiny_models.build(name).config.to_dict(), **wide}
+    )
+    model = tiny_models.seeded(lambda: AutoModelForCausalLM.from_config(config))
+    model.save_pretrained(tmp_path / "base")
+    ends = ("embed_in", "lm_head") if name == "gpt_neox" else ()
+    inside = ("query_key_value", "c_attn", "dense", "c_proj", "dense_h_to_4h")
+    targets = ends + tuple(
+        t for t in inside if any(n.endswith(t) for n, _ in model.named_modules())
+    )
+    attach_learned(model, LoraSpec(targets=targets, r=3, alpha=7.5))
+    adapter_from_model(model).save(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "mlx", "mlx", base=str(tmp_path / "base"))
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **_MLX_CONFIGS[name]}))
+    if name == "gpt2":
+        weights = load_file(tmp_path / "base" / "model.safetensors")
+        # As openai-community/gpt2 has them: mlx-lm puts its own prefix before these.
+        bare = {k.removeprefix("transformer."): t for k, t in weights.items()}
+        save_file(bare, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    theirs, _ = mlx_utils.load_model(tmp_path / "base")
+    theirs = tuner.load_adapters(theirs, str(tmp_path / "mlx"))
+    theirs.eval()
+    given = tiny_models.inputs(model)
+    found = torch.tensor(theirs(mx.array(given["input_ids"].numpy())).tolist())
+    # mlx-lm's GELU is the approximation.
+    torch.testing.assert_close(found, tiny_models.outputs(model, given), rtol=0, atol=1e-3)
 
 
 def _qwen3_moe() -> Any:

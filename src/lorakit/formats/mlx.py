@@ -2,7 +2,8 @@
 
 `lora_a` (in, r) and `lora_b` (r, out) with y = scale (x lora_a) lora_b; for an embedding `lora_a`
 (vocabulary, r), `lora_b` (r, width); DoRA's `m` (out,). One rank and one scale for the whole file;
-`keys` name modules inside a block, or whole paths outside of the blocks.
+`keys` name modules inside a block, or whole paths outside of the blocks. Names are transformers',
+but for the models that mlx-lm arranges otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lorakit.formats.foreign import (
     WholeUpdate,
     commonest_scaling,
     made_adapter,
+    one_name_each,
     pairs_of,
     read_safetensors,
     refuse_beside,
@@ -36,6 +38,22 @@ from lorakit.formats.peft_parts import stack_magnitudes, stack_parts
 _TENSORS = "adapters.safetensors"
 _CONFIG = "adapter_config.json"
 _IN_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.\d+\.(?P<inside>.+)")
+
+# Beginnings of names: transformers', mlx-lm's.
+_RENAMED = {
+    "gpt2": (("transformer.", "model."),),
+    "gpt_bigcode": (("transformer.", "model."),),
+    "gptj": (("transformer.", "model."),),
+    "gpt_neox": (
+        ("gpt_neox.layers.", "model.h."),
+        ("lm_head", "model.embed_out"),
+        ("gpt_neox.", "model."),
+    ),
+    "gemma3": (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head", "language_model.lm_head"),
+    ),
+}
 
 
 class MlxFormat:
@@ -69,7 +87,10 @@ class MlxFormat:
             )
         scale = _scale(config, given, path / _CONFIG)
         names = Names(given.model)
-        own = names.require(list(pairs), path / _TENSORS)
+        here = {key: _own_name(key, given) for key in pairs}
+        found = names.require(list(dict.fromkeys(here.values())), path / _TENSORS)
+        own = {key: found[name] for key, name in here.items()}
+        one_name_each(own, path / _TENSORS)
         factors: dict[str, Factors] = {}
         for key, (a, b) in pairs.items():
             if a.ndim != 2 or b.ndim != 2:
@@ -100,12 +121,11 @@ class MlxFormat:
         tensors: dict[str, Tensor] = {}
         for update in updates:
             missing = rank - update.A.shape[0]
-            tensors[f"{update.module}.lora_a"] = F.pad(update.A, (0, 0, 0, missing)).T.contiguous()
-            tensors[f"{update.module}.lora_b"] = F.pad(
-                update.at(scale), (0, missing)
-            ).T.contiguous()
+            name = _mlx_name(update.module, given)
+            tensors[f"{name}.lora_a"] = F.pad(update.A, (0, 0, 0, missing)).T.contiguous()
+            tensors[f"{name}.lora_b"] = F.pad(update.at(scale), (0, missing)).T.contiguous()
             if dora:
-                tensors[f"{update.module}.m"] = stack_magnitudes(
+                tensors[f"{name}.m"] = stack_magnitudes(
                     list(adapter.modules()[update.module].values()),
                     adapter.base_norms.get(update.module),
                 ).contiguous()
@@ -114,7 +134,7 @@ class MlxFormat:
             "rank": rank,
             "scale": scale,
             "dropout": adapter.spec.dropout,
-            "keys": sorted({_key(update.module) for update in updates}),
+            "keys": sorted({_key(_mlx_name(update.module, given)) for update in updates}),
         }
         config = {
             "fine_tune_type": "dora" if dora else "lora",
@@ -124,6 +144,27 @@ class MlxFormat:
         }
         write_json(path / _CONFIG, config)
         return path
+
+
+def _renamed(given: Conversion) -> tuple[tuple[str, str], ...]:
+    config = getattr(given.model, "config", None)
+    return _RENAMED.get(str(getattr(config, "model_type", "")), ())
+
+
+def _mlx_name(module: str, given: Conversion) -> str:
+    """A module's name in mlx-lm's model."""
+    for here, there in _renamed(given):
+        if module.startswith(here):
+            return there + module.removeprefix(here)
+    return module
+
+
+def _own_name(name: str, given: Conversion) -> str:
+    """The inverse of `_mlx_name`."""
+    for here, there in _renamed(given):
+        if name.startswith(there):
+            return here + name.removeprefix(there)
+    return name
 
 
 def _key(module: str) -> str:
