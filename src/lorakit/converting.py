@@ -8,17 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
 from lorakit.errors import RequestError, WorkError
 from lorakit.files import atomic_directory, require_free
 from lorakit.formats.compared import differences
 from lorakit.formats.foreign import Conversion, common_alpha
+from lorakit.formats.loralib import LoralibFormat
+from lorakit.formats.loralib_beside import num_classes
 from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.formats.peft_config import CONFIG_NAME
 from lorakit.formats.peft_experts import convert_experts, has_experts
+from lorakit.formats.peft_tensors import read_tensors, sort_tensors
 from lorakit.formats.registry import EXPERT_LAYOUTS, FOREIGN, PEFT, format_of, require_format
-from lorakit.models.empty import empty_model
+from lorakit.models.empty import empty_classifier, empty_model
+from lorakit.models.task_head import ClassificationHead
 
 # Folding a scaling into float32 factors rounds once; nothing else may change.
 _TOLERANCE = 1e-5
@@ -83,7 +89,7 @@ def convert(
         )
     ref = base or _named_base(source, source_format)
     given = Conversion(
-        model=empty_model(ref),
+        model=_base_model(source, source_format, ref),
         base=ref,
         alpha=options.alpha,
         parts=options.parts,
@@ -180,6 +186,28 @@ def _alpha(adapter: Adapter) -> float:
 def _parts_written(adapter: Adapter) -> tuple[str, ...]:
     parts = (n.rpartition(".")[2] for n, f in adapter.factors.items() if f.rows is not None)
     return tuple(dict.fromkeys(parts))
+
+
+def _base_model(source: Path, source_format: str, ref: str) -> PreTrainedModel:
+    """The base without weights; with a classification head where the source brings one.
+
+    A base as it is published has the head it was pretrained with, which no classifier keeps.
+    """
+    model = empty_model(ref)
+    if source_format == PEFT:
+        found = num_classes(sort_tensors(read_tensors(source), source).overrides)
+    elif source_format == LoralibFormat.name:
+        found = LoralibFormat().classes(source)
+    else:
+        found = None
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if found is None or (is_classifier and model.config.num_labels == found):
+        return model
+    names = tuple(map(str, range(found))) if found > 1 else ()
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    return empty_classifier(
+        model.config, ClassificationHead(names=names, pad_token_id=padding, seed=0)
+    )
 
 
 def _named_base(source: Path, source_format: str) -> str:

@@ -2,9 +2,9 @@
 
 A MergedLinear stacks what it adapts of a fused projection cut into equal parts: lora_A (r n, in)
 and lora_B (out / parts * n, r) for n adapted parts, each with its own r rows of A and block of B.
-loralib keeps alpha and which parts are adapted in the model's code, not in the file. A checkpoint
-of the whole model holds the frozen weights too; saved in eval mode they have the update merged in,
-so that they are not read.
+loralib keeps alpha and which parts are adapted in the model's code, not in the file. Beside the
+factors stand trained biases and the examples' heads. A checkpoint of the whole model holds the
+frozen weights too; saved in eval mode they have the update merged in, so that they are not read.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lorakit.formats.foreign import (
     made_adapter,
     pairs_of,
     read_safetensors,
-    refuse_beside,
     refuse_dora,
     widened,
 )
+from lorakit.formats.loralib_beside import num_classes, with_what_is_beside
 
 _FILE = "lora.pt"
 _ENDINGS = (".lora_A", ".lora_B")
@@ -95,8 +95,18 @@ class LoralibFormat:
             chosen = _chosen(parts, A.shape[0] // r, given.parts, where=f"{file}: {module}")
             guessed = guessed or not given.parts
             factors.update(_split(chosen, A, B, alpha=given.alpha, where=f"{file}: {module}"))
-        _warn(tensors, pairs, guessed=guessed and len(factors) > 0)
-        return made_adapter(factors, given, source=file, format_name=self.name)
+        if guessed:
+            _warn_of_guess()
+        adapter = made_adapter(factors, given, source=file, format_name=self.name)
+        return with_what_is_beside(adapter, tensors, given.model, file)
+
+    def classes(self, path: Path) -> int | None:
+        """The outputs of the classification head in a file; None where it has none.
+
+        Raises:
+            AdapterFileError: the file cannot be read.
+        """
+        return num_classes(_state(path / _FILE if path.is_dir() else path))
 
     def write(self, adapter: Adapter, path: Path, given: Conversion) -> Path:
         """Write lora.pt, for `model.load_state_dict(..., strict=False)`.
@@ -104,11 +114,9 @@ class LoralibFormat:
         One alpha serves all updates; what has another is folded into lora_B.
 
         Raises:
-            RequestError: DoRA, parameters trained beside, convolutions, parts of unequal size or
-                rank.
+            RequestError: DoRA, convolutions, parts of unequal size or rank.
         """
         refuse_dora(adapter, "loralib")
-        refuse_beside(adapter, "loralib")
         sites = list(adapter.factors.values())
         alpha = common_alpha([f.scaling for f in sites], [f.r for f in sites])
         _refuse_mixed_parts(adapter)
@@ -121,7 +129,8 @@ class LoralibFormat:
                 )
             A, B = _merged(module, parts, alpha)
             state[f"{module}.lora_A"], state[f"{module}.lora_B"] = A, B
-        torch.save(state, path / _FILE)
+        state |= {f"{module}.bias": bias for module, bias in adapter.biases.items()}
+        torch.save({**state, **adapter.overrides}, path / _FILE)
         return path / _FILE
 
 
@@ -233,19 +242,10 @@ def _merged(module: str, parts: Sequence[Factors], alpha: float) -> tuple[Tensor
     return A, torch.cat([scaled[i].at(alpha / parts[i].r) for i in order])
 
 
-def _warn(tensors: Mapping[str, Tensor], pairs: Mapping[str, object], *, guessed: bool) -> None:
-    if guessed:
-        warnings.warn(
-            "the file does not say which parts of fused projections are adapted: two are taken "
-            "for q and v, as in the paper; --parts names others",
-            LorakitWarning,
-            stacklevel=4,
-        )
-    rest = [key for key in tensors if not key.endswith(_ENDINGS)]
-    if rest:
-        warnings.warn(
-            f"{len(rest)} tensors that are no low-rank update are not read ({rest[0]}, ...): a "
-            "whole checkpoint's frozen weights may have the update merged in",
-            LorakitWarning,
-            stacklevel=4,
-        )
+def _warn_of_guess() -> None:
+    warnings.warn(
+        "the file does not say which parts of fused projections are adapted: two are taken "
+        "for q and v, as in the paper; --parts names others",
+        LorakitWarning,
+        stacklevel=4,
+    )

@@ -134,7 +134,7 @@ def test_refused_by_the_target(base: Path, tmp_path: Path) -> None:
 
 def test_parameters_beside_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = saved_adapter("llama", tmp_path, targets="qv", also_train=("norm",))
-    for to in ("gguf", "kohya", "loralib", "mlx"):
+    for to in ("gguf", "kohya", "mlx"):
         with pytest.raises(RequestError, match="trained parameters beside"):
             convert(adapter, tmp_path / to, to, base=str(base))
 
