@@ -10,19 +10,9 @@ from lorakit.errors import SpecError
 from lorakit.formatting import format_count
 
 _FLOAT32_BYTES = 4
+_PARAMS = {"": 1, "k": 1e3, "m": 1e6}
+_BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
-# Learned numbers are stored as float32.
-_UNITS = {
-    "": 1.0,
-    "k": 1e3,
-    "m": 1e6,
-    "kb": 1e3 / _FLOAT32_BYTES,
-    "mb": 1e6 / _FLOAT32_BYTES,
-    "gb": 1e9 / _FLOAT32_BYTES,
-    "kib": 2**10 / _FLOAT32_BYTES,
-    "mib": 2**20 / _FLOAT32_BYTES,
-    "gib": 2**30 / _FLOAT32_BYTES,
-}
 
 
 class Priced(Protocol):
@@ -33,11 +23,12 @@ class Priced(Protocol):
         ...
 
 
-def budget_params(budget: int | str) -> int:
+def budget_params(budget: int | str, *, bytes_per_param: int = _FLOAT32_BYTES) -> int:
     """A budget as a number of parameters.
 
     Args:
-        budget: parameters (400000, "400k", "1.5M"), or bytes of float32 ("1.5 MB", "64 KiB").
+        budget: parameters (400000, "400k", "1.5M"), or bytes ("1.5 MB", "64 KiB").
+        bytes_per_param: what one number takes where bytes are counted; learned ones are float32.
 
     Raises:
         SpecError: it cannot be understood, is nothing, or has a lone B, which is a billion
@@ -52,7 +43,8 @@ def budget_params(budget: int | str) -> int:
             found=repr(budget),
             remedy=f'"{number * 1000:g}M" for parameters, "{number / 1000:g} kB" for bytes',
         )
-    unit = _UNITS.get(found["unit"].lower()) if found else None
+    units = {**_PARAMS, **{name: size / bytes_per_param for name, size in _BYTES.items()}}
+    unit = units.get(found["unit"].lower()) if found else None
     if isinstance(budget, bool) or found is None or unit is None:
         raise SpecError(
             "the budget cannot be understood",

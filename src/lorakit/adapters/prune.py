@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -11,10 +12,14 @@ from torch import Tensor
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.budget import budget_params
-from lorakit.errors import SpecError
+from lorakit.adapters.strict import not_finite
+from lorakit.errors import AdapterFileError, SpecError
 from lorakit.formatting import format_count
 from lorakit.math.scaling import alpha_for
-from lorakit.math.svd import product_svd
+from lorakit.math.svd import product_singular_values, product_svd
+
+# Of what is wrong with an adapter.
+_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,8 @@ class Pruned:
     Attributes:
         adapter: the smaller adapter; every site keeps its scaling and at least rank 1.
         ranks: site -> rank before and after.
-        errors: site -> ||s B A - s B' A'||_F / ||s B A||_F, the discarded tail of the spectrum.
+        errors: site -> ||s B A - s B' A'||_F / ||s B A||_F of the factors as they are stored: the
+            discarded tail of the spectrum, and what rounding to their dtype adds.
         num_params: learned numbers before and after.
         error: the same ratio for the whole update.
     """
@@ -44,15 +50,18 @@ def prune_adapter(
     With a budget, directions are kept by sigma^2 per parameter over all sites, so that the squared
     error of the whole update is as small as the budget allows; with an energy, as few as hold that
     share of the sum of all sigma^2, the largest first. sigma are the singular values of s B A (for
-    DoRA of what is added before the norm is taken). The given adapter is not changed.
+    DoRA of what is added before the norm is taken). The given adapter is not changed, and the
+    factors keep their dtype.
 
     Args:
         adapter: what to prune; its factors are split anew, B' = U S^(1/2), A' = S^(1/2) V^T.
-        budget: parameters or bytes for A, B and DoRA's m, as `budget_params` reads them.
+        budget: parameters or bytes for A, B and DoRA's m, as `budget_params` reads them; bytes of
+            the dtype that they are stored in.
         energy: share of the sum of squares to keep, 0 to 1.
 
     Raises:
         SpecError: not exactly one of budget and energy, or one that cannot be.
+        AdapterFileError: the adapter has numbers that are not finite, or no low-rank update.
     """
     if (budget is None) == (energy is None):
         raise SpecError(
@@ -67,29 +76,51 @@ def prune_adapter(
             expected="0 < energy <= 1",
             found=f"{energy:g}",
         )
+    _require_prunable(adapter)
     spectra = {name: _decomposed(factors) for name, factors in adapter.factors.items()}
     kept = (
-        _by_budget(adapter, spectra, budget_params(budget))
+        _by_budget(adapter, spectra, budget_params(budget, bytes_per_param=_itemsize(adapter)))
         if budget is not None
         else _by_energy(spectra, energy or 1.0)
     )
     factors = {name: _cut(f, spectra[name], kept[name]) for name, f in adapter.factors.items()}
-    squares = {name: parts[1].square() for name, parts in spectra.items()}
-    lost = {name: float(values[kept[name] :].sum()) for name, values in squares.items()}
-    whole = sum(float(values.sum()) for values in squares.values())
+    norms = {name: float(parts[1].norm()) for name, parts in spectra.items()}
+    lost = {name: _distance(f, factors[name]) for name, f in adapter.factors.items()}
+    whole = math.hypot(*norms.values())
     ranks = {name: (f.r, kept[name]) for name, f in adapter.factors.items()}
     before = adapter.num_params()
     smaller = _with(adapter, factors, before)
     return Pruned(
         adapter=smaller,
         ranks=ranks,
-        errors={
-            name: (lost[name] / total) ** 0.5 if (total := float(values.sum())) else 0.0
-            for name, values in squares.items()
-        },
+        errors={name: lost[name] / norm if norm else 0.0 for name, norm in norms.items()},
         num_params=(before, smaller.num_params()),
-        error=(sum(lost.values()) / whole) ** 0.5 if whole else 0.0,
+        error=math.hypot(*lost.values()) / whole if whole else 0.0,
     )
+
+
+def _require_prunable(adapter: Adapter) -> None:
+    if not adapter.factors:
+        raise AdapterFileError("the adapter has no low-rank update that could be pruned")
+    problems = not_finite(adapter)
+    if problems:
+        raise AdapterFileError(
+            "the adapter has numbers that are not finite", found="\n".join(problems[:_SHOWN])
+        )
+
+
+def _itemsize(adapter: Adapter) -> int:
+    """Bytes of one stored number; the widest where they differ."""
+    return max(max(f.A.itemsize, f.B.itemsize) for f in adapter.factors.values())
+
+
+def _distance(one: Factors, other: Factors) -> float:
+    """||s B A - s B' A'||_F of one site before and after, as both are stored."""
+    if other is one:
+        return 0.0
+    B = torch.cat([one.B.flatten(1).double(), -other.B.flatten(1).double()], 1)
+    A = torch.cat([one.A.flatten(1).double(), other.A.flatten(1).double()])
+    return abs(one.scaling) * float(product_singular_values(B, A).norm())
 
 
 _Spectrum = tuple[Tensor, Tensor, Tensor]

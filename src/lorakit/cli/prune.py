@@ -14,7 +14,7 @@ from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.prune import Pruned, prune_adapter
 from lorakit.cli import console
 from lorakit.cli.session import base_of, require_writer
-from lorakit.data.options import SftOptions
+from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.sources import load_rows
 from lorakit.errors import LorakitWarning, RequestError
 from lorakit.evaluate.options import EvalOptions
@@ -50,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="ROWS", help="measure perplexity on these rows, before and after"
     )
+    add_row_arguments(parser)
+    parser.add_argument(
+        "--template",
+        choices=["auto", "chat", "none"],
+        help="chat: the chat template; none: prompt and completion as they are; by default as the "
+        "adapter was trained, else auto",
+    )
     parser.add_argument(
         "--model", metavar="REF", help="the base; by default the one that the adapter names"
     )
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     require_free(args.output)
     if args.data:
         require_writer(args.adapter)
+    else:
+        _refuse_unmeasured(args)
     adapter = Adapter.load(args.adapter)
     pruned = prune_adapter(adapter, budget=args.budget, energy=args.energy)
     measured = _measure(args, adapter, pruned) if args.data else None
@@ -83,13 +92,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_unmeasured(args: argparse.Namespace) -> None:
+    names = ("split", "column", "system", "template", "model", "any_base", "limit")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    if given:
+        raise RequestError(
+            "nothing is measured, so there is nothing that this could say",
+            where="the command line",
+            expected="--data ROWS beside it",
+            found=", ".join(given),
+        )
+
+
 def _measure(args: argparse.Namespace, adapter: Adapter, pruned: Pruned) -> EvalResult:
-    rows = load_rows(args.data)
+    rows = load_rows(args.data, split=args.split)
     options = EvalOptions(
         metrics=("perplexity",),
         batch_size=args.batch_size,
         limit=args.limit,
-        sft=SftOptions(),
+        sft=sft_options(args, template=args.template),
     )
     model, tokenizer = load_model(args.model or base_of(args.adapter))
     with warnings.catch_warnings():

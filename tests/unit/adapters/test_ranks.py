@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny_models
 from learned import attach_learned
@@ -16,7 +18,7 @@ from lorakit.adapters.plan import plan_adapter
 from lorakit.adapters.prune import prune_adapter
 from lorakit.adapters.ranks import MOST, allocate
 from lorakit.adapters.spec import LoraSpec
-from lorakit.errors import DataError, LorakitError, SpecError, StateError
+from lorakit.errors import AdapterFileError, DataError, LorakitError, SpecError, StateError
 from lorakit.formats.peft import save_adapter
 
 
@@ -266,6 +268,52 @@ def test_pruning_refuses_what_cannot_be(tmp_path):
     ):
         with pytest.raises(LorakitError):
             prune_adapter(adapter, **wrong)
+
+
+def _stored_as(adapter, dtype):
+    factors = {
+        name: replace(f, A=f.A.to(dtype), B=f.B.to(dtype)) for name, f in adapter.factors.items()
+    }
+    return replace(adapter, factors=factors)
+
+
+def test_the_error_of_narrow_factors_is_that_of_what_is_written(tmp_path):
+    adapter = _stored_as(_learned(tmp_path), torch.bfloat16)
+    pruned = prune_adapter(adapter, energy=0.95)
+    pruned.adapter.save(tmp_path / "pruned")
+    back = Adapter.load(tmp_path / "pruned")
+    lost = whole = 0.0
+    rounding = False
+    for site, factors in adapter.factors.items():
+        small = back.factors[site]
+        assert small.A.dtype == small.B.dtype == torch.bfloat16
+        delta, left = (f.scaling * f.B.double() @ f.A.double() for f in (factors, small))
+        error = float((delta - left).norm())
+        assert pruned.errors[site] == pytest.approx(error / float(delta.norm()), rel=1e-9)
+        tail = float(torch.linalg.svdvals(delta)[small.r : factors.r].norm())
+        rounding |= error > tail * (1 + 1e-6)
+        lost, whole = lost + error**2, whole + float(delta.norm()) ** 2
+    assert rounding
+    assert pruned.error == pytest.approx((lost / whole) ** 0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_budget_of_bytes_is_counted_in_the_dtype_that_is_written(tmp_path, dtype):
+    adapter = _stored_as(_learned(tmp_path), dtype)
+    pruned = prune_adapter(adapter, budget="8 kB")
+    pruned.adapter.save(tmp_path / "pruned")
+    tensors = load_file(tmp_path / "pruned" / "adapter_model.safetensors")
+    num_bytes = sum(t.numel() * t.itemsize for t in tensors.values())
+    # The next direction costs at most 80 numbers (down_proj: 48 in, 32 out).
+    assert 8000 - 80 * dtype.itemsize < num_bytes <= 8000
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_pruning_refuses_numbers_that_are_not_finite(tmp_path, number):
+    adapter = _learned(tmp_path)
+    adapter.factors["model.layers.1.mlp.up_proj"].A[0, 0] = number
+    with pytest.raises(AdapterFileError, match=r"not finite: model\.layers\.1\.mlp\.up_proj A"):
+        prune_adapter(adapter, energy=0.5)
 
 
 def test_a_pruned_dora_keeps_its_magnitudes(tmp_path):
