@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
-from lorakit.errors import RequestError, WorkError
+from lorakit.errors import AdapterFileError, RequestError, WorkError
 from lorakit.files import atomic_directory, require_free
 from lorakit.formats.compared import differences
 from lorakit.formats.foreign import Conversion, common_alpha
@@ -20,6 +20,7 @@ from lorakit.formats.loralib import LoralibFormat
 from lorakit.formats.loralib_beside import num_classes
 from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.formats.peft_config import CONFIG_NAME
+from lorakit.formats.peft_expert_stacks import one_by_one
 from lorakit.formats.peft_experts import convert_experts, has_experts
 from lorakit.formats.peft_tensors import read_tensors, sort_tensors
 from lorakit.formats.registry import EXPERT_LAYOUTS, FOREIGN, PEFT, format_of, require_format
@@ -135,8 +136,20 @@ def write_as(adapter: Adapter, output: Path, to: str, given: Conversion) -> tupl
 
 def _read(source: Path, name: str, given: Conversion) -> Adapter:
     if name == PEFT or name in EXPERT_LAYOUTS:
+        _refuse_one_by_one(source, given)
         return plan_binding(given.model, read_adapter(source))
     return plan_binding(given.model, FOREIGN[name].read(source, given))
+
+
+def _refuse_one_by_one(source: Path, given: Conversion) -> None:
+    single = one_by_one(list(read_tensors(source)), given.model)
+    if single:
+        raise AdapterFileError(
+            "the adapter is on experts one by one, and the base holds them stacked",
+            where=str(source),
+            found=f"{single[0]} and {len(single) - 1} more",
+            remedy="stack them in PEFT's layout: --to peft-0.19",
+        )
 
 
 def _write(adapter: Adapter, staging: Path, to: str, given: Conversion) -> Path:
@@ -229,15 +242,17 @@ def _named_base(source: Path, source_format: str) -> str:
 
 
 def _convert_experts(source: Path, output: Path, to: str, base: str | None) -> dict[str, Any]:
-    if not has_experts(source):
+    ref = base or _named_base(source, PEFT)
+    model = empty_model(ref)
+    if not has_experts(source) and not one_by_one(list(read_tensors(source)), model):
         raise RequestError(
             "only PEFT's adapters on stacked expert weights have these two layouts",
             where=str(source),
-            expected="target_parameters in adapter_config.json",
+            expected="target_parameters in adapter_config.json, or experts one by one that the "
+            "base holds stacked",
             remedy="--to peft writes an ordinary adapter",
         )
-    ref = base or _named_base(source, PEFT)
     layout = "peft-0.18" if to == "peft-0.18" else "peft-0.19"
     with atomic_directory(output) as staging:
-        moved = convert_experts(source, staging, empty_model(ref), layout)
+        moved = convert_experts(source, staging, model, layout)
     return {"from": PEFT, "to": to, "base": ref, "output": str(output), **moved}

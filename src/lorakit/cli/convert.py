@@ -82,5 +82,7 @@ def _show(record: dict[str, Any]) -> None:
             )
     else:
         facts["updates"] = f"{record['moved']} moved, {record['as_they_were']} as they were"
+        if record["stacked"]:
+            facts["stacked from"] = f"{format_count(record['stacked'])} updates of single experts"
     console.print_facts("converted", facts)
     console.print_text(record["output"])
