@@ -210,6 +210,18 @@ def test_a_resumed_run_samples_the_same(directory: Path) -> None:
     assert (directory / "again" / name).read_bytes() == (directory / "whole" / name).read_bytes()
 
 
+def test_a_run_goes_on_with_its_own_reward_alone(directory: Path) -> None:
+    file = directory / "changing.py"
+    file.write_text("def flat(answer, row):\n    return 0.1\n")
+    grpo = {"reward": f"{file}:flat", "num_samples": 3}
+    length = {"epochs": None, "save_every": 1, "eval_every": 9}
+    train(config_of(directory, "goes_on", grpo=grpo, max_steps=1, **length), say=lambda _: None)
+    file.write_text("def flat(answer, row):\n    return 0.2\n")
+    longer = config_of(directory, "goes_on", grpo=grpo, max_steps=2, **length)
+    with pytest.raises(ConfigError, match="reward function is not the one"):
+        train(longer, resume=True, say=lambda _: None)
+
+
 def test_equal_rewards_are_a_step_without_a_gradient(directory: Path) -> None:
     (directory / "flat.py").write_text("def flat(answer, row):\n    return 0.1\n")
     grpo = {"reward": f"{directory / 'flat.py'}:flat", "num_samples": 3}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +195,20 @@ def load_function(name: str) -> RewardFunction:
             found=str(error),
         ) from error
     return found
+
+
+def function_hashes(weights: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every file that holds a reward function, by the function's name.
+
+    Args:
+        weights: as for `Rewards`; metrics and functions of installed packages are left out.
+    """
+    files = {name: Path(name.rpartition(":")[0]) for name in weights}
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in files.items()
+        if file.suffix == ".py"
+    }
 
 
 def _module(name: str, place: str) -> ModuleType:

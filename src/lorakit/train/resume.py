@@ -18,6 +18,7 @@ from lorakit.errors import (
     LorakitWarning,
     OutputError,
 )
+from lorakit.evaluate.rewards import function_hashes
 from lorakit.files import require_free
 from lorakit.train.beginning import hashes
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore
@@ -52,6 +53,7 @@ def identity(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
         "config": config.to_dict(),
         "data": prepared.data.hashes(),
         "adapters": hashes(config.beginnings),
+        "rewards": function_hashes(config.grpo.weights),
         "max_steps": prepared.max_steps,
         "rows_together": config.train.batch_size * prepared.num_processes,
         "machine": {
@@ -119,7 +121,8 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     """Compare what only the prepared run knows with the checkpoint.
 
     Raises:
-        ConfigError: the processes together take more or fewer rows than they did.
+        ConfigError: the processes together take more or fewer rows than they did; or a reward
+            function is another one.
         DataError: the rows are not the same.
         AdapterFileError: an adapter that the run begins with, or is compared with, is another one.
 
@@ -145,6 +148,15 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
                 expected=f"content with SHA-256 {then.get('adapters', {}).get(key)}",
                 found=sha256,
                 remedy="put the old adapter back, or start a new run",
+            )
+    for name, sha256 in now["rewards"].items():
+        if then.get("rewards", {}).get(name, sha256) != sha256:
+            raise ConfigError(
+                "the reward function is not the one this run was started with",
+                where=f"grpo.reward: {name}",
+                expected=f"a file with SHA-256 {then['rewards'][name]}",
+                found=sha256,
+                remedy="put the old file back, or begin a new run with continue_from",
             )
     schedule = now["config"]["train"]["schedule"]
     if then["max_steps"] != now["max_steps"] and schedule != "constant":
