@@ -231,6 +231,39 @@ def test_slerp_ends_at_its_parts_and_keeps_the_angle() -> None:
     assert slerp_weights(1.0, 0.3) == (0.7, 0.3)
 
 
+def test_half_precision_parts_add_exactly() -> None:
+    """What is weighted is float32: in bfloat16 "exact" was off by a thousandth."""
+    parts = [
+        replace(
+            adapter,
+            factors={
+                n: replace(f, A=f.A.bfloat16(), B=f.B.bfloat16())
+                for n, f in adapter.factors.items()
+            },
+        )
+        for adapter in pair("bloom")
+    ]
+    made = compose(dict(zip(parts, (0.7, 0.3), strict=True)))
+    for name, factors in made.factors.items():
+        wanted = sum(
+            w * a.factors[name].scaling * (a.factors[name].B.double() @ a.factors[name].A.double())
+            for a, w in zip(parts, (0.7, 0.3), strict=True)
+        )
+        found = factors.scaling * (factors.B.double() @ factors.A.double())
+        assert float((found - wanted).norm()) < 1e-6 * float(wanted.norm())
+    alone = compose({parts[0]: 1.0})
+    assert {f.B.dtype for f in alone.factors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("how", ["linear", "svd"])
+def test_what_cancels_is_nothing_and_not_rounding(how: str) -> None:
+    one = learned("llama", LoraSpec(r=3, alpha=7.5), seed=1)
+    parts = [Part("one", one, 1.0), Part("twin", replace(one, passport={}), -1.0)]
+    made = compose_parts(parts, Recipe(how=how, r=4 if how == "svd" else None))
+    assert {(site.r, site.norm, site.error) for site in made.sites} == {(1, 0.0, 0.0)}
+    assert made.relative_error == 0
+
+
 @pytest.mark.parametrize("how", ["ties", "dare", "dare_ties", "magnitude"])
 def test_nothing_thinned_out_and_no_conflict_is_the_sum(how: str) -> None:
     """At density 1, parts that agree in every sign: every way is the weighted sum."""
@@ -400,8 +433,22 @@ def test_weights_that_cannot_be() -> None:
         compose({one: 0.0, two: 0.0})
     with pytest.raises(SpecError, match="nothing is left"):
         compose({})
-    with pytest.raises(SpecError, match="finite"):
-        compose({one: float("nan")})
+    for weight in (float("nan"), float("inf"), 1e300):
+        with pytest.raises(SpecError, match="finite"):
+            compose({one: weight})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_part_that_is_not_finite_is_named(value: float) -> None:
+    one, two = pair("bloom")
+    name, factors = next(iter(one.factors.items()))
+    B = factors.B.clone()
+    B[0, 0] = value
+    broken = replace(one, factors={**one.factors, name: replace(factors, B=B)})
+    for how in ("cat", "linear", "ties"):
+        with pytest.raises(AdapterFileError, match=f"not finite: {name} B"):
+            compose({two: 0.5, broken: 0.5}, how)
+    assert compose({two: 1.0, broken: 0.0}).factors.keys() == two.factors.keys()
 
 
 def test_dora_needs_its_base_and_a_rank() -> None:

@@ -197,7 +197,7 @@ def _show(record: Mapping[str, Any]) -> None:
         "size": f"{format_count(record['num_params'])} parameters at {len(record['sites'])} sites",
         "discarded": format_share(record["relative_error"]) + " of the wanted change, in norm"
         if record["relative_error"]
-        else "nothing: the sum is exact",
+        else "nothing: it is exact",
     }
     console.print_facts("composed", facts)
     if record["relative_error"]:

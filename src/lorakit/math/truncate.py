@@ -16,6 +16,8 @@ _OVERSAMPLING = 16
 _NUM_ITERATIONS = 4
 # Factors are stored in float32: a direction below this share of the first is rounding.
 _NOISE = 1e-7
+# Below this share of ||B|| ||A||, a singular value of B A is what float64 leaves of a cancelled sum.
+_CANCELLED = 1e-13
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ def truncate_product(B: Tensor, A: Tensor, r: int | None = None) -> Truncated:
             exactly nothing are left out at any rank, but one is always kept.
     """
     left, values, right = product_svd(B, A)
-    return _cut(left, values, right, r)
+    floor = _CANCELLED * float(B.double().norm() * A.double().norm())
+    return _cut(left, torch.where(values > floor, values, 0.0), right, r)
 
 
 def truncate_dense(matrix: Tensor, r: int) -> Truncated:

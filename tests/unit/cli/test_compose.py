@@ -73,7 +73,7 @@ def test_the_tables(run_directory, second, data, tmp_path, capsys):
     for text in ("interference, predicted", "largest errors", "composed - part", "ties, density"):
         assert text in shown
     assert main([*words[:-1], str(tmp_path / "exact")]) == 0
-    assert "nothing: the sum is exact" in capsys.readouterr().out
+    assert "nothing: it is exact" in capsys.readouterr().out
 
 
 REFUSED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def _combine(
             result += part.weight * value.double()
         if abs(total - 1) > 1e-12:
             result += (1 - total) * _base_value(base, f"{name}{ending}", having).double()
-        combined[name] = result.to(values[0].dtype)
+        combined[name] = result.to(reduce(torch.promote_types, (v.dtype for v in values)))
     return combined
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.adapters.adapter import Adapter
-from lorakit.errors import SpecError, unknown_name
+from lorakit.adapters.strict import not_finite
+from lorakit.errors import AdapterFileError, SpecError, unknown_name
 
 DEFAULT_DENSITY = 0.5
+# Beyond, a sum may not fit into float32.
+_LARGEST_WEIGHT = 1e6
+_NUM_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +149,15 @@ def check_parts(parts: Sequence[Part], recipe: Recipe) -> list[Part]:
 
     Raises:
         SpecError: nothing is left, a weight is not a number, or the way takes other parts.
+        AdapterFileError: a part that counts has a number that is not finite.
     """
     for part in parts:
-        if not isinstance(part.weight, int | float) or not math.isfinite(part.weight):
+        if not isinstance(part.weight, int | float) or not abs(part.weight) <= _LARGEST_WEIGHT:
             raise SpecError(
-                "a weight must be a finite number", where=part.name, found=repr(part.weight)
+                "a weight must be a finite number",
+                where=part.name,
+                expected=f"from -{_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}",
+                found=repr(part.weight),
             )
     if recipe.how == "slerp":
         weights = [part.weight for part in parts]
@@ -169,4 +176,18 @@ def check_parts(parts: Sequence[Part], recipe: Recipe) -> list[Part]:
             expected="at least one adapter with a weight that is not zero",
             found=", ".join(f"{part.name}={part.weight:g}" for part in parts) or "no adapter",
         )
+    for part in counting:
+        _require_finite(part)
     return counting
+
+
+def _require_finite(part: Part) -> None:
+    problems = not_finite(part.adapter)
+    if problems:
+        more = [f"... and {len(problems) - _NUM_SHOWN} more"] if len(problems) > _NUM_SHOWN else []
+        raise AdapterFileError(
+            "a NaN or an infinity in one part would be everywhere in the result",
+            where=part.name,
+            found="\n".join([*problems[:_NUM_SHOWN], *more]),
+            remedy="leave the part out (weight 0), or take an earlier checkpoint of its run",
+        )

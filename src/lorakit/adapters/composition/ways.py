@@ -96,14 +96,19 @@ def _product(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(terms: Sequence[Term]) -> Held:
-    """The sum with every factor as it is; only B is scaled, and only where weights ask for it."""
+    """The sum with every factor as it is; only B is scaled, and only where weights ask for it.
+
+    What is scaled is float32: rounded to a half-precision part's own dtype it would not be exact.
+    """
     scaling = terms[0].scaling
     factors = [term.weight * (term.scaling / scaling) for term in terms]
     blocks = [
-        term.B if factor == 1 else (term.B.double() * factor).to(term.B.dtype)
+        term.B if factor == 1 else (term.B.double() * factor).float()
         for term, factor in zip(terms, factors, strict=True)
     ]
     B, A = torch.cat(blocks, dim=1), torch.cat([term.A for term in terms])
+    dtype = torch.promote_types(A.dtype, B.dtype)
+    B, A = B.to(dtype), A.to(dtype)
     norm = max(0.0, inner_product((B, A), (B, A))) ** 0.5 * abs(scaling)
     return Held(A, B, scaling, norm, 0.0)
 
