@@ -50,7 +50,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Pat
         config.write_text(
             f"model: smollm2-135m-instruct\ndata: {{train: {data}}}\n"
             f"output: {directory / name}\nlora: {{r: {4 if name == 'sql' else 6}, alpha: 16}}\n"
-            # At a rate where one part does not shout the other down: TIES adds no damping of its own.
+            # At a rate where neither part drowns the other: TIES does not damp the sum.
             "train: {epochs: 2, batch_size: 4, lr: 1.0e-3, schedule: constant}\n",
             encoding="utf-8",
         )

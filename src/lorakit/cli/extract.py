@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import console
-from lorakit.composing.extract import Extraction, extract_with_report
+from lorakit.composing.extract import Extraction, by_size, extract_with_report
 from lorakit.files import require_free
 from lorakit.formatting import format_count, format_number, format_share
 
@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a module that the adapter holds whole; may be repeated",
     )
+    parser.add_argument(
+        "--bias",
+        choices=["none", "lora_only", "all"],
+        default="none",
+        help="biases that the adapter holds whole: none, those of the targets, or all of the model "
+        "(default: none)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         alpha=args.r if args.r > 0 else 1,
         targets=tuple(args.targets or ("all-linear",)),
         also_train=tuple(args.also_train),
+        bias=args.bias,
     )
     found = extract_with_report(args.base, args.tuned, spec)
     found.adapter.save(Path(args.output))
@@ -69,8 +77,9 @@ def _show(found: Extraction, output: str) -> None:
     if found.rest:
         columns = ["parameter", "changed by", "kept"]
         table = console.table("changed, and not low-rank", columns, numbers=columns[1:2])
-        for rest in sorted(found.rest, key=lambda rest: -rest.relative)[:_NUM_SHOWN]:
-            table.add_row(rest.name, format_share(rest.relative), "yes" if rest.kept else "no")
+        for rest in sorted(found.rest, key=by_size)[:_NUM_SHOWN]:
+            share = "from zero" if rest.relative is None else format_share(rest.relative)
+            table.add_row(rest.name, share, "yes" if rest.kept else "no")
         console.stdout().print(table)
     facts = {
         "size": f"{format_count(found.adapter.num_params())} parameters "
@@ -78,6 +87,7 @@ def _show(found: Extraction, output: str) -> None:
         "left out": f"{format_share(found.relative_error)} of the sites' change, in norm",
         "other changes": f"{len(found.rest)} parameters, "
         f"{sum(rest.kept for rest in found.rest)} kept whole",
+        "not held": f"{format_share(found.relative_lost)} of all that changed, in norm",
     }
     console.print_facts("extracted", facts)
     console.print_text(f"{output}: adapter and passport")

@@ -16,7 +16,7 @@ _OVERSAMPLING = 16
 _NUM_ITERATIONS = 4
 # Factors are stored in float32: a direction below this share of the first is rounding.
 _NOISE = 1e-7
-# Below this share of ||B|| ||A||, a singular value of B A is what float64 leaves of a cancelled sum.
+# Below this share of ||B|| ||A||, a singular value is what float64 leaves of a cancelled sum.
 _CANCELLED = 1e-13
 
 
