@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -106,9 +107,10 @@ def _stacked(terms: Sequence[Term]) -> Held:
         term.B if factor == 1 else (term.B.double() * factor).float()
         for term, factor in zip(terms, factors, strict=True)
     ]
-    B, A = torch.cat(blocks, dim=1), torch.cat([term.A for term in terms])
-    dtype = torch.promote_types(A.dtype, B.dtype)
-    B, A = B.to(dtype), A.to(dtype)
+    # One dtype for both: float32 holds a half-precision A as it is.
+    dtype = reduce(torch.promote_types, (t.dtype for t in (*blocks, *(term.A for term in terms))))
+    B = torch.cat(blocks, dim=1).to(dtype)
+    A = torch.cat([term.A for term in terms]).to(dtype)
     norm = max(0.0, inner_product((B, A), (B, A))) ** 0.5 * abs(scaling)
     return Held(A, B, scaling, norm, 0.0)
 
