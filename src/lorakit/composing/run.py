@@ -10,7 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.bind import plan_binding
 from lorakit.adapters.composition.compose import Composition, compose_parts
+from lorakit.adapters.composition.identity import require_common_base
 from lorakit.adapters.composition.prediction import Prediction, SitePair, predict_interference
 from lorakit.adapters.composition.recipe import Part, Recipe, check_parts
 from lorakit.composing.measure import BASE, COMPOSED, PartTask, measure_tasks
@@ -38,12 +40,24 @@ class Tuning:
         sft: how they are read.
         max_trials: compositions that are tried at most.
         batch_size: rows per forward pass.
+
+    Raises:
+        RequestError: a batch of no rows.
     """
 
     rows: Rows
     sft: SftOptions
     max_trials: int = 24
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RequestError(
+                "batch_size is out of range",
+                where="batch_size",
+                expected="at least 1",
+                found=str(self.batch_size),
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,12 +132,19 @@ def compose_to_disk(request: ComposeRequest) -> dict[str, Any]:
     """
     require_free(request.output)
     parts, recipe = list(request.parts), request.recipe
-    check_parts(parts, recipe)
+    used = check_parts(parts, recipe)
+    if request.tuning is not None or request.tasks:
+        used = parts
+    if not recipe.any_base:
+        require_common_base(used, None)
+    if request.tuning is not None:
+        require_tunable(parts, recipe, request.tuning.max_trials)
     model, tokenizer = _base_for(request)
+    if model is not None:
+        _require_base(used, model, any_base=recipe.any_base)
     examples = []
     if request.tuning is not None and model is not None and tokenizer is not None:
         tuning = request.tuning
-        require_tunable(parts, recipe, tuning.max_trials)
         examples = list(build_examples(tuning.rows, tokenizer, tuning.sft))
     predictions, pairs = predict_interference(parts, recipe, base=model)
     tuned: Tuned | None = None
@@ -145,6 +166,14 @@ def compose_to_disk(request: ComposeRequest) -> dict[str, Any]:
     record = _record(made, predictions, pairs, tuned, measured)
     _write(made, record, request.output)
     return {"output": str(request.output), **record}
+
+
+def _require_base(parts: Sequence[Part], model: PreTrainedModel, *, any_base: bool) -> None:
+    """Refuse a base that the parts are not of, before rows are read with its tokenizer."""
+    if not any_base:
+        require_common_base(parts, model)
+    for part in parts:
+        plan_binding(model, part.adapter)
 
 
 def _require_better_than_base(tuned: Tuned) -> None:

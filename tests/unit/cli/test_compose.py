@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 
 import lorakit as lk
 from learned import attach_learned
@@ -76,6 +78,18 @@ def test_the_tables(run_directory, second, data, tmp_path, capsys):
     assert "nothing: it is exact" in capsys.readouterr().out
 
 
+def _another(base, path):
+    """A base of the same layout that was trained to something else, without a tokenizer."""
+    model, _ = lk.load_model(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(path)
+    for file in base.glob("*token*"):
+        shutil.copy(file, path)
+    return path
+
+
 REFUSED = {
     "weight": (["{first}=much", "{second}"], "a weight must be a number"),
     "way": (["{first}", "{second}", "--how", "tie"], "did you mean 'ties'"),
@@ -85,6 +99,8 @@ REFUSED = {
         ["{first}=.5", "{second}=.5", "--how", "slerp", "--tune", "{data}"],
         "slerp has one number",
     ),
+    "batch": (["{first}", "{second}", "--tune", "{data}", "--batch-size", "0"], "at least 1"),
+    "base": (["{first}", "{second}", "--tune", "{data}", "--base", "{other}"], "another base"),
     "nothing": (["{first}=0", "{second}=0"], "nothing is left to compose"),
     "missing": (["{first}", "{nowhere}"], "there is no adapter here"),
     "prefix": (["{first}", "{prefix}"], "only low-rank adapters can be composed"),
@@ -92,7 +108,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_write_nothing(case, run_directory, second, data, tmp_path, capsys):
+def test_refusals_write_nothing(case, base, run_directory, second, data, tmp_path, capsys):
     words, reason = REFUSED[case]
     prefix = tmp_path / "prefix"
     prefix.mkdir()
@@ -103,6 +119,7 @@ def test_refusals_write_nothing(case, run_directory, second, data, tmp_path, cap
         "second": second,
         "data": data,
         "nowhere": tmp_path / "nowhere",
+        "other": _another(base, tmp_path / "other") if "{other}" in words else None,
         "prefix": prefix,
     }
     filled = [word.format(**known) for word in words]

@@ -17,7 +17,7 @@ from lorakit.adapters.composition.beside import (
     fold_into_overrides,
 )
 from lorakit.adapters.composition.identity import common_facts, require_common_base
-from lorakit.adapters.composition.recipe import Part, Recipe, check_parts
+from lorakit.adapters.composition.recipe import Part, Recipe, check_parts, is_identity
 from lorakit.adapters.composition.sites import CommonSite, common_sites
 from lorakit.adapters.composition.ways import Held, combine
 from lorakit.adapters.spec import Bias, LoraSpec
@@ -120,7 +120,7 @@ def compose_parts(
         require_common_base(counting, base)
     if base is not None:
         counting = [replace(part, adapter=plan_binding(base, part.adapter)) for part in counting]
-    if _is_identity(counting, recipe):
+    if is_identity(counting, recipe):
         return _unchanged(counting[0], parts, recipe)
     rule = _common_rule(counting)
     sites = common_sites(counting, base)
@@ -142,13 +142,6 @@ def compose_parts(
         config=_config(counting),
     )
     return _with_passport(adapter, tuple(composed), parts, recipe)
-
-
-def _is_identity(parts: Sequence[Part], recipe: Recipe) -> bool:
-    """One adapter at weight 1, nothing thinned out, nothing cut off: also DoRA stays what it is."""
-    if len(parts) != 1 or parts[0].weight != 1 or recipe.kept < 1:
-        return False
-    return recipe.r is None or all(f.r <= recipe.r for f in parts[0].adapter.factors.values())
 
 
 def _unchanged(part: Part, parts: Sequence[Part], recipe: Recipe) -> Composition:

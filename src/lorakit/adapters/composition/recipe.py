@@ -178,7 +178,28 @@ def check_parts(parts: Sequence[Part], recipe: Recipe) -> list[Part]:
         )
     for part in counting:
         _require_finite(part)
+    if not is_identity(counting, recipe):
+        _require_rank_for_dora(counting, recipe)
     return counting
+
+
+def is_identity(parts: Sequence[Part], recipe: Recipe) -> bool:
+    """One adapter at weight 1, nothing thinned out, nothing cut off: also DoRA stays what it is."""
+    if len(parts) != 1 or parts[0].weight != 1 or recipe.kept < 1:
+        return False
+    return recipe.r is None or all(f.r <= recipe.r for f in parts[0].adapter.factors.values())
+
+
+def _require_rank_for_dora(parts: Sequence[Part], recipe: Recipe) -> None:
+    dora = [part.name for part in parts if part.adapter.spec.update == "dora"]
+    if dora and recipe.r is None and not WAYS[recipe.how].dense:
+        raise SpecError(
+            "a DoRA adapter changes the length of every row: its change is not of low rank, and no "
+            "exact sum with it is",
+            where=", ".join(dora),
+            expected="a rank to approximate the sum at",
+            remedy="give r, with how='svd' or another way than cat; the error is reported",
+        )
 
 
 def _require_finite(part: Part) -> None:

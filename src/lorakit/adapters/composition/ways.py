@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lorakit.adapters.composition.recipe import WAYS, Recipe
 from lorakit.adapters.composition.sites import CommonSite, Term
-from lorakit.errors import SpecError
 from lorakit.math.sparsify import (
     agreeing_sum,
     drop_and_rescale,
@@ -52,9 +51,6 @@ def combine(site: CommonSite, recipe: Recipe, total: float) -> Held:
         site: the terms.
         recipe: the way and its options.
         total: the sum of |weight| over all parts, also those that are not at this site.
-
-    Raises:
-        SpecError: an exact way meets a DoRA change, which is not of low rank.
     """
     alone = _untouched(site, recipe)
     if alone is not None:
@@ -116,16 +112,9 @@ def _stacked(terms: Sequence[Term]) -> Held:
 
 
 def _with_dense(site: CommonSite, recipe: Recipe) -> Held:
-    if recipe.r is None:
-        raise SpecError(
-            "a DoRA adapter changes the length of every row: its change is not of low rank, and no "
-            "exact sum with it is",
-            where=site.name,
-            expected="a rank to approximate the sum at",
-            remedy="give r, with how='svd' or another way than cat; the error is reported",
-        )
     changes = [term.matrix() for term in site.terms]
-    return _held(truncate_dense(weighted_sum(changes, [t.weight for t in site.terms]), recipe.r))
+    wanted = weighted_sum(changes, [term.weight for term in site.terms])
+    return _held(truncate_dense(wanted, recipe.r or _sum_of_ranks(site)))
 
 
 def _on_the_sphere(site: CommonSite) -> CommonSite:
