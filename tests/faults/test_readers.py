@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from lorakit.adapters.bind import plan_binding
 from lorakit.adapters.spec import LoraSpec
 from lorakit.data.readers import READERS, reader_for
 from lorakit.formats.foreign import Conversion
+from lorakit.formats.gguf_header import check_gguf_header
 from lorakit.formats.peft import save_adapter
 from lorakit.formats.registry import FOREIGN, format_of
 from lorakit.methods.files import read_saved, read_state
 from lorakit.models.checkpoint import estimate_model_bytes
+from lorakit.models.gguf import converted
 from lorakit.train.config import TrainConfig
 
 _EFFORTS = [
@@ -231,6 +234,52 @@ def test_training_configs(tmp_path: Path, effort: settings) -> None:
 
     found = _try(effort, documents | any_bytes(whole) | hostile, attempt)
     assert not all(found)
+
+
+def _gguf(*facts: bytes, tensors: Sequence[bytes] = ()) -> bytes:
+    """A GGUF file of version 3 with these facts and tensors, and 64 bytes of data."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(facts))
+    body = head + b"".join(facts) + b"".join(tensors)
+    return body + bytes(-len(body) % 32) + bytes(64)
+
+
+def _named(name: str) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode()
+
+
+_ARCHITECTURE = _named("general.architecture") + struct.pack("<I", 8) + _named("llama")
+_COUNTS = [_named(f"llama.{key}") + struct.pack("<II", 4, 8) for key in ("block_count", "head")]
+# Type 9 is an array, of type 0 (bytes) and 8 (texts), of so many as nobody has.
+_ENDLESS = [_named("a") + struct.pack("<IIQ", 9, kind, 2**40) for kind in (0, 8)]
+# 16 numbers in float32, all at the same place.
+_SAME = [_named(f"t{i}") + struct.pack("<IQIQ", 1, 16, 0, 0) for i in range(3)]
+
+
+@pytest.mark.parametrize("effort", _EFFORTS)
+def test_the_gguf_file_of_a_model(
+    tmp_path: Path, effort: settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    whole = _gguf(_ARCHITECTURE, *_COUNTS, tensors=_SAME)
+    hostile = st.sampled_from([_gguf(_ARCHITECTURE, fact) for fact in _ENDLESS])
+
+    def attempt(content: bytes) -> bool:
+        file.write_bytes(content)
+        return refuses_or_reads(lambda: converted(file, name="a model"), tmp_path)
+
+    assert not any(_try(effort, hostile | any_bytes(whole), attempt))
+
+
+def test_tensors_that_lie_over_each_other_do_not_multiply_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.gguf"
+    most = 16 * 64
+    names = [_named(f"t{i}") + struct.pack("<IQIQ", 1, most, 0, 0) for i in range(60)]
+    file.write_bytes(_gguf(_ARCHITECTURE, tensors=names))
+    with pytest.raises(ValueError, match="larger than the file"):
+        check_gguf_header(file)
+    file.write_bytes(_gguf(_ARCHITECTURE, tensors=_SAME))
+    check_gguf_header(file)
 
 
 @pytest.mark.parametrize("effort", _EFFORTS)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -280,7 +281,78 @@ def test_a_killed_comparison_goes_on_where_it_was(shared, tmp_path):
     assert json.loads((second / "cell.json").read_text())["sessions"] == 2
 
 
-def wait_for(condition, process, seconds: float = 120.0) -> None:
+def to_be_killed(shared: Path, output: Path) -> CompareConfig:
+    """Two rates of one method, trained together, and the better one's run of the same length."""
+    changes = {"together": "yes", "seeds": [0], "latency": {"trials": 0}}
+    changes |= {"budget": {"steps": 40}, "lr_search": {"values": [1e-3, 3e-2], "share": 1.0}}
+    return made(shared, output=str(output), methods=values(shared)["methods"][:1], **changes)
+
+
+@pytest.fixture(scope="module")
+def never_killed(shared, tmp_path_factory) -> dict:
+    return run(to_be_killed(shared, tmp_path_factory.mktemp("whole")))[0].document
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the process of the runs", "all"])
+def test_runs_together_that_are_killed_end_as_if_they_had_not_been(
+    shared, never_killed, tmp_path, whom
+):
+    output = tmp_path / "out"
+    config = to_be_killed(shared, output)
+    file = tmp_path / "compare.yaml"
+    file.write_text(config.to_yaml())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit.cli.main", "compare", str(file)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    cells = output / "cells"
+    searched = ["lora-qv/lr-0.001", "lora-qv/lr-0.03"]
+    wait_for(lambda: all(reached(cells / name) >= 10 for name in searched), process)
+    victims = processes_below(process.pid)
+    assert len(victims) >= 2
+    # The last one was started last: it trains. Where all die, the one who would clean up is first.
+    for pid in [process.pid, *victims] if whom == "all" else victims[-1:]:
+        os.kill(pid, signal.SIGKILL)
+    said = process.communicate()[1]
+    if whom != "all":
+        assert process.returncode == 1
+        assert "the same command goes on" in said
+    assert not list(cells.rglob("cell.json"))
+    begun = {name: reached(cells / name) for name in searched}
+    assert all(10 <= steps < 40 for steps in begun.values())
+    again, _ = run(config)
+    assert again.document["complete"]
+    for mine, theirs in zip(again.document["cells"], never_killed["cells"], strict=True):
+        assert mine["cell"] == theirs["cell"]
+        assert mine["trained"] == theirs["trained"]
+        assert theirs["sessions"] == 1
+        assert mine["sessions"] == 1 + (mine["kind"] == "search")
+        assert mine["eval_loss"] == pytest.approx(theirs["eval_loss"], abs=1e-5)
+        for one, other in zip(mine["eval_curve"], theirs["eval_curve"], strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    (mine,), (theirs,) = again.document["methods"], never_killed["methods"]
+    assert mine["lr"]["chosen"] == theirs["lr"]["chosen"]
+
+
+def reached(cell: Path) -> int:
+    """The last step of which a cell has a checkpoint."""
+    return max((int(p.name[5:]) for p in (cell / "checkpoints").glob("step-*")), default=0)
+
+
+def processes_below(pid: int) -> list[int]:
+    """The children of a process, and theirs, oldest first."""
+    found: list[int] = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(file.read_text().rpartition(")")[2].split()[1])
+            found += [int(file.parent.name)] if parent == pid else []
+    return [*sorted(found), *[p for child in sorted(found) for p in processes_below(child)]]
+
+
+def wait_for(condition, process, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the comparison ended before it could be killed"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +72,9 @@ def test_a_sweep_from_its_config_to_its_report(directory, tmp_path, capsys) -> N
 
     best = arms[found["best"]]
     assert best["steps"] == 5
+    # Rungs are not sessions: nothing was interrupted.
+    records = [json.loads(path.read_text()) for path in (out / "arms").rglob("run.json")]
+    assert {record["steps"]["sessions"] for record in records} == {1}
     kept = load_file(out / "best" / "adapter_model.safetensors")
     own = load_file(out / best["adapter"] / "adapter_model.safetensors")
     assert all(torch.equal(kept[key], own[key]) for key in own)
@@ -115,6 +122,45 @@ def test_a_stopped_sweep_goes_on_as_if_nothing_had_happened(
     for one, other in zip(whole.document["arms"], again.document["arms"], strict=True):
         assert one["eval_curve"] == other["eval_curve"]
         assert one["train_curve"] == other["train_curve"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rung", [0, 1, 2])
+def test_a_killed_sweep_ends_as_if_it_had_not_been(directory, tmp_path, rung) -> None:
+    made = values(directory, halving={"every": 10})
+    made["train"] |= {"max_steps": 40, "save_every": 3, "eval_every": 5}
+    whole = sweep(
+        SweepConfig.from_dict({**made, "output": str(tmp_path / "whole")}), say=lambda _: None
+    )
+    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    file.write_text(dump({**made, "output": str(out)}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", "sweep", str(file)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    # In the middle of a rung: an arm of it is that far, the sweep is not at its end.
+    end = time.monotonic() + 120
+    while max(map(_lines, out.glob("arms/*/metrics.jsonl")), default=0) < 5 + 12 * rung:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not (out / "sweep.json").exists()
+    again = sweep(SweepConfig.from_yaml(file), say=lambda _: None)
+    assert again.document["best"] == whole.document["best"]
+    for mine, theirs in zip(again.document["arms"], whole.document["arms"], strict=True):
+        assert (mine["name"], mine["steps"]) == (theirs["name"], theirs["steps"])
+        assert mine["dropped_at"] == theirs["dropped_at"]
+        for curve in ("eval_curve", "train_curve"):
+            for one, other in zip(mine[curve], theirs[curve], strict=True):
+                assert one == pytest.approx(other, abs=1e-5)
+
+
+def _lines(file: Path) -> int:
+    return len(file.read_text().splitlines())
 
 
 def test_a_kill_while_a_finished_arm_is_tidied_stops_nothing(directory, tmp_path) -> None:

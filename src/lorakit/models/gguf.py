@@ -26,6 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.errors import ModelError
 from lorakit.files import atomic_directory
+from lorakit.formats.gguf_header import check_gguf_header
 from lorakit.models.quiet import quiet_transformers
 from lorakit.progress import progress
 
@@ -108,6 +109,8 @@ def _require_gguf(file: Path) -> None:
 
 
 def _convert(file: Path, directory: Path, digest: str) -> None:
+    with _reading(file):
+        check_gguf_header(file)
     with progress(f"converting {file.stem}", total=3) as bar:
         model, missing = _read_model(file)
         bar.advance(note="weights read")

@@ -81,7 +81,8 @@ class SamplingOptions:
         value = self.presence_penalty
         _check("presence_penalty", value, "from -2 to 2", -2 <= value <= 2)
         value = self.repetition_penalty
-        _check("repetition_penalty", value, "above 0", math.isfinite(value) and value > 0)
+        # Less would make logits infinite.
+        _check("repetition_penalty", value, "from 0.01 to 10", 0.01 <= value <= 10)
         good = all(abs(bias) <= 100 and token >= 0 for token, bias in self.logit_bias.items())
         _check("logit_bias", self.logit_bias, "token ids with numbers from -100 to 100", good)
 

@@ -148,7 +148,8 @@ def _with_logprobs(scores: Tensor, token: int, num_top: int | None) -> Chosen:
 def _sample(scores: Tensor, row: RowSampler) -> int:
     """Inverse transform sampling from the tokens that top_k and top_p keep."""
     options = row.options
-    scaled = (scores / options.temperature).double()
+    # Below their greatest: the least temperature divides it too, and 0 stays 0.
+    scaled = (scores.double() - scores.max()) / options.temperature
     if options.min_p > 0:
         least = scaled.max() + math.log(options.min_p)
         scaled = scaled.masked_fill(scaled < least, float("-inf"))

@@ -139,7 +139,7 @@ class GenerationBody(Body):
     min_p: Finite | None = Field(default=None, ge=0, le=1)
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: Finite | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: Finite | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[TokenId, Bias] | None = Field(default=None, max_length=1024)
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
     user: str | None = None

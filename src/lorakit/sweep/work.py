@@ -57,6 +57,7 @@ class ArmTrainer:
         self.say = say
         self.warned = warned
         self.files = {arm.name: ArmFiles(arm) for arm in plan.arms}
+        self._begun: set[str] = set()
         self._base: LoadedBase | None = None
         self._learner: GroupLearner | None = None
 
@@ -87,7 +88,10 @@ class ArmTrainer:
                 self.plan.prepared[arm.name],
                 adapter=f"member{number}",
                 start=self.files[arm.name].start(),
+                # The next rung, or the end, of what this process began.
+                resumed=arm.name not in self._begun,
             )
+            self._begun.add(arm.name)
         for member in members.values():
             member.course.open()
         return members

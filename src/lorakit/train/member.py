@@ -46,6 +46,7 @@ class Member:
         prepared: the same, prepared.
         adapter: its name on the model. A neutral one: transformers decides by name what decays.
         start: the checkpoint it goes on from, or None.
+        resumed: whether going on from there is a session of its own.
 
     Attributes:
         step: optimizer steps taken.
@@ -60,6 +61,7 @@ class Member:
         *,
         adapter: str,
         start: Checkpoint | None,
+        resumed: bool = True,
     ) -> None:
         self.config = config
         self.prepared = prepared
@@ -68,7 +70,8 @@ class Member:
         self.course = Course(config, prepared, start, self.method)
         if start is not None:
             check_same_run(start, self.course.identity)
-            self._again()
+            if resumed:
+                self._again()
         self.step = 0 if start is None else start.step
         self.failed: str | None = None
         self.loss = math.nan

@@ -88,6 +88,8 @@ def test_min_p_keeps_what_is_near_the_likeliest() -> None:
         {"frequency_penalty": float("nan")},
         {"presence_penalty": -3.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e300},
         {"logit_bias": {1: 200.0}},
         {"logit_bias": {-1: 2.0}},
     ],

@@ -269,6 +269,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("tools", {"tools": [{"type": "function"}]}, None),
     ("too high a penalty", {"frequency_penalty": 2.5}, "frequency_penalty"),
     ("a penalty of none", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("a penalty that makes logits infinite", {"repetition_penalty": 5e-324}, "repetition_penalty"),
     ("a bias on a word", {"logit_bias": {"a": 1}}, "logit_bias"),
     ("too large a bias", {"logit_bias": {"5": 101}}, "logit_bias"),
     ("a bias on no token", {"logit_bias": {"100000": 1}}, None),

@@ -22,6 +22,15 @@ def test_temperature_zero_takes_the_most_likely() -> None:
     assert tokens(choose(logits, rows({}, {}, {}))) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 5e-324])
+def test_a_temperature_near_zero_is_zero(temperature: float, cut: dict) -> None:
+    logits = torch.randn(20, 50) * 30
+    row = rows({"temperature": temperature, "seed": 1, **cut})[0]
+    found = [tokens(choose(step[None], [row]))[0] for step in logits]
+    assert found == logits.argmax(-1).tolist()
+
+
 def test_a_seed_draws_the_same_in_every_batch() -> None:
     logits = torch.randn(40, 3, 60)
     options = {"temperature": 1.3, "seed": 4}
