@@ -26,6 +26,7 @@ from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
 from lorakit.adapters.spec import LoraSpec
 from lorakit.data.readers import READERS, reader_for
+from lorakit.errors import DataError, ModelError
 from lorakit.formats.foreign import Conversion
 from lorakit.formats.gguf_header import check_gguf_header
 from lorakit.formats.peft import save_adapter
@@ -187,6 +188,15 @@ def test_rows(tmp_path: Path, ending: str, effort: settings) -> None:
     assert not all(found)
 
 
+def test_text_of_a_parquet_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    offsets = pyarrow.py_buffer(struct.pack("<ii", 0, 2))
+    text = pyarrow.StringArray.from_buffers(1, offsets, pyarrow.py_buffer(b"\xff\xfe"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="cannot read this Parquet file"):
+        list(READERS[".parquet"](tmp_path / "rows.parquet"))
+
+
 def _parquet(rows: list[dict[str, Any]], directory: Path) -> bytes:
     pyarrow = pytest.importorskip("pyarrow")
     path = directory / "good.parquet"
@@ -300,6 +310,13 @@ def test_the_index_of_a_model(originals: Originals, tmp_path: Path, effort: sett
 
     found = _try(effort, contents, attempt)
     assert not all(found)
+
+
+def test_an_index_that_names_what_no_file_can_be_called(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "x" * 400}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="missing"):
+        estimate_model_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("effort", _EFFORTS)

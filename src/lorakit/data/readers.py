@@ -129,7 +129,8 @@ def read_parquet(path: Path) -> Iterator[tuple[Origin, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Origin(place, number), without_fillers(row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
+        # The last two: text that is not UTF-8, dates that Python does not have.
         raise DataError(
             "cannot read this Parquet file",
             where=f"{path}, after row {number}",

@@ -51,7 +51,7 @@ def weight_files(directory: str | Path) -> list[Path]:
             remedy="save the model with save_pretrained(..., safe_serialization=True)",
         )
     files = [directory / name for name in _indexed_names(directory / _INDEX)]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not _is_file(file)]
     if missing:
         raise ModelError(
             "weight files named by the index are missing",
@@ -61,6 +61,14 @@ def weight_files(directory: str | Path) -> list[Path]:
             remedy="download or copy the model again",
         )
     return files
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:
+        # A name that no file system takes.
+        return False
 
 
 def estimate_model_bytes(directory: str | Path, dtype: torch.dtype | None = None) -> int:
