@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
-from lorakit.errors import AdapterFileError, RequestError, WorkError
+from lorakit.errors import AdapterFileError, LorakitWarning, RequestError, WorkError
 from lorakit.files import atomic_directory, require_free
 from lorakit.formats.compared import differences
-from lorakit.formats.foreign import Conversion, common_alpha
-from lorakit.formats.loralib import LoralibFormat
+from lorakit.formats.foreign import Conversion
+from lorakit.formats.loralib import LoralibFormat, alpha_written
 from lorakit.formats.loralib_beside import num_classes
 from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.formats.peft_config import CONFIG_NAME
@@ -37,7 +38,8 @@ class ConvertOptions:
 
     Attributes:
         source_format: None to look at the path.
-        alpha: the numerator of the scaling, where the format has none (loralib).
+        alpha: the numerator of the scaling, where the format has none: of a loralib file, read or
+            to be written, and of an old one of mlx-lm.
         parts: adapted parts of fused projections, in order (loralib).
         prefix: before every name (kohya); None writes lora_te and reads any of sd-scripts'.
     """
@@ -74,12 +76,16 @@ def convert(
         AdapterFileError: the source cannot be read or does not fit the base.
         WorkError: the result does not read back as what was written.
         OutputError: the output is taken.
+
+    Warns:
+        LorakitWarning: an option that neither format asks for.
     """
     source, output = Path(source), Path(output)
     options = options or ConvertOptions()
     require_format(to)
     require_free(output)
     source_format = require_format(options.source_format or format_of(source))
+    _warn_of_unread(options, source_format, to)
     if to in EXPERT_LAYOUTS:
         return _convert_experts(source, output, to, base)
     if source_format == PEFT and has_experts(source):
@@ -106,7 +112,7 @@ def convert(
         "num_updates": len(adapter.factors),
         "num_params": adapter.num_params(),
         "max_relative_error": error,
-        "alpha": _alpha(adapter),
+        "alpha": alpha_written(adapter, given),
     }
 
 
@@ -132,6 +138,26 @@ def write_as(adapter: Adapter, output: Path, to: str, given: Conversion) -> tupl
         error = _prove(adapter, written, to, given)
         name = written.name if written != staging else ""
     return output / name, error
+
+
+def _warn_of_unread(options: ConvertOptions, source_format: str, to: str) -> None:
+    """Say which options neither format asks for."""
+    alpha_asked = to == "loralib" or source_format in ("loralib", "mlx")
+    unread = {
+        "--alpha, which is for loralib's files and old ones of mlx-lm": options.alpha is not None
+        and not alpha_asked,
+        "--parts, which is for loralib files that are read": bool(options.parts)
+        and source_format != "loralib",
+        "--prefix, which is for kohya's names": options.prefix is not None
+        and "kohya" not in (source_format, to),
+    }
+    for what, is_unread in unread.items():
+        if is_unread:
+            warnings.warn(
+                f"nobody reads {what}: from {source_format} to {to}",
+                LorakitWarning,
+                stacklevel=3,
+            )
 
 
 def _read(source: Path, name: str, given: Conversion) -> Adapter:
@@ -172,7 +198,7 @@ def _prove(adapter: Adapter, written: Path, to: str, given: Conversion) -> float
     again = Conversion(
         model=given.model,
         base=given.base,
-        alpha=_alpha(adapter),
+        alpha=alpha_written(adapter, given),
         parts=_parts_written(adapter),
         prefix=given.prefix,
     )
@@ -188,12 +214,6 @@ def _prove(adapter: Adapter, written: Path, to: str, given: Conversion) -> float
             found=f"{error:.3g}, and {len(broken)} of {len(found)} changes beyond it",
         )
     return max(found.values(), default=0.0)
-
-
-def _alpha(adapter: Adapter) -> float:
-    """What a loralib file of this adapter is written for."""
-    sites = adapter.factors.values()
-    return common_alpha([f.scaling for f in sites], [f.r for f in sites])
 
 
 def _parts_written(adapter: Adapter) -> tuple[str, ...]:

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REF",
         help="the base, by default the one that the source names; only its configuration is read",
     )
-    parser.add_argument("--alpha", type=float, help="of a loralib file, which does not hold it")
+    parser.add_argument(
+        "--alpha", type=float, help="of a loralib file, read or written, which does not hold it"
+    )
     parser.add_argument(
         "--parts",
         metavar="A,B",

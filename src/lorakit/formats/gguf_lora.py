@@ -59,8 +59,8 @@ class GgufFormat:
     about = "llama.cpp's GGUF adapter"
 
     def recognises(self, path: Path) -> bool:
-        """A .gguf file."""
-        return path.suffix == ".gguf" and path.is_file()
+        """A .gguf file, or a directory with adapter.gguf."""
+        return (path.suffix == ".gguf" and path.is_file()) or (path / _FILE).is_file()
 
     def read(self, path: Path, given: Conversion) -> Adapter:
         """Read an adapter; quantized factors are dequantized.
@@ -228,7 +228,10 @@ def _read(file: Path, arch: _Arch) -> tuple[float, dict[str, Tensor]]:
         }
     except _BROKEN as error:
         raise AdapterFileError(
-            "the GGUF file cannot be read", where=str(file), found=str(error) or "not a GGUF file"
+            "the GGUF file cannot be read",
+            where=str(file),
+            found=str(error) or "not a GGUF file",
+            remedy="copy the file again",
         ) from error
     expected = gguf.MODEL_ARCH_NAMES[arch.arch]
     kind = (facts.get(gguf.Keys.General.TYPE), facts.get(gguf.Keys.Adapter.TYPE))

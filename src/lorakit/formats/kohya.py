@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,9 +24,9 @@ from lorakit.formats.foreign import (
     made_adapter,
     one_name_each,
     pairs_of,
-    read_safetensors,
     whole_updates,
 )
+from lorakit.formats.tensor_files import has_key, read_safetensors
 
 _FILE = "lora.safetensors"
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
@@ -44,14 +43,8 @@ class KohyaFormat:
     about = "kohya sd-scripts names, for a text encoder or language model"
 
     def recognises(self, path: Path) -> bool:
-        """A safetensors file with lora_down in its keys."""
-        if path.suffix != ".safetensors" or not path.is_file():
-            return False
-        try:
-            with safe_open(str(path), framework="pt") as tensors:
-                return any(key.endswith(_DOWN) for key in tensors.keys())  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return False
+        """A safetensors file with lora_down in its keys, or a directory with one."""
+        return has_key(path / _FILE if path.is_dir() else path, _DOWN)
 
     def read(self, path: Path, given: Conversion) -> Adapter:
         """Read an adapter; the base tells which underscores were dots.

@@ -25,19 +25,17 @@ from lorakit.formats.foreign import (
     Names,
     WholeUpdate,
     common_alpha,
-    first_line,
     made_adapter,
     pairs_of,
-    read_safetensors,
     refuse_dora,
-    widened,
 )
 from lorakit.formats.loralib_beside import num_classes, with_what_is_beside
+from lorakit.formats.tensor_files import first_line, has_key, read_safetensors, widened
 
 _FILE = "lora.pt"
 _ENDINGS = (".lora_A", ".lora_B")
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
-_SUFFIXES = (".pt", ".bin", ".pth", ".safetensors")
+_SUFFIXES = (".pt", ".bin", ".pth")
 
 
 class LoralibFormat:
@@ -47,10 +45,10 @@ class LoralibFormat:
     about = "microsoft/LoRA's state dict, merged projections included"
 
     def recognises(self, path: Path) -> bool:
-        """A .pt, .pth or .bin file that is not in an adapter's directory."""
+        """A .pt, .pth or .bin file, safetensors with lora_A as a name's end, or a directory."""
         if path.is_dir():
             return (path / _FILE).is_file()
-        return path.is_file() and path.suffix in _SUFFIXES[:3]
+        return (path.is_file() and path.suffix in _SUFFIXES) or has_key(path, _ENDINGS[0])
 
     def read(self, path: Path, given: Conversion) -> Adapter:
         """Read an adapter; `given.alpha` is what the training script said, `given.parts` too.
@@ -70,7 +68,7 @@ class LoralibFormat:
                 remedy="give it: --alpha 16",
             )
         tensors = _state(file)
-        _refuse_torchtune(tensors, file)
+        _refuse_other_tools(tensors, file)
         pairs = pairs_of(tensors, _ENDINGS, file)
         names = Names(given.model)
         own = names.require(list(pairs), file)
@@ -92,11 +90,20 @@ class LoralibFormat:
                 factors[module] = names.factors(module, A, B, scaling=scaling, where=file)
                 continue
             parts = [c for c in known.values() if c.module_name == module and c.rows is not None]
+            if not parts:
+                names.factors(module, A, B, scaling=1.0, where=file)  # says which shapes it has
             chosen = _chosen(parts, A.shape[0] // r, given.parts, where=f"{file}: {module}")
             guessed = guessed or not given.parts
             factors.update(_split(chosen, A, B, alpha=given.alpha, where=f"{file}: {module}"))
         if guessed:
             _warn_of_guess()
+        if given.parts and all(f.rows is None for f in factors.values()):
+            raise RequestError(
+                "the file adapts no fused projection, so that there are no parts to name",
+                where="--parts",
+                found=", ".join(given.parts),
+                remedy="leave --parts out",
+            )
         adapter = made_adapter(factors, given, source=file, format_name=self.name)
         return with_what_is_beside(adapter, tensors, given.model, file)
 
@@ -117,8 +124,7 @@ class LoralibFormat:
             RequestError: DoRA, convolutions, parts of unequal size or rank.
         """
         refuse_dora(adapter, "loralib")
-        sites = list(adapter.factors.values())
-        alpha = common_alpha([f.scaling for f in sites], [f.r for f in sites])
+        alpha = alpha_written(adapter, given)
         _refuse_mixed_parts(adapter)
         state: dict[str, Tensor] = {}
         for module, group in adapter.modules().items():
@@ -132,6 +138,13 @@ class LoralibFormat:
         state |= {f"{module}.bias": bias for module, bias in adapter.biases.items()}
         torch.save({**state, **adapter.overrides}, path / _FILE)
         return path / _FILE
+
+
+def alpha_written(adapter: Adapter, given: Conversion) -> float:
+    """The one alpha of a file: what is asked for, else that of the commonest scaling and rank."""
+    sites = adapter.factors.values()
+    common = common_alpha([f.scaling for f in sites], [f.r for f in sites])
+    return common if given.alpha is None else given.alpha
 
 
 def _state(file: Path) -> dict[str, Tensor]:
@@ -156,13 +169,22 @@ def _state(file: Path) -> dict[str, Tensor]:
     return {str(k): widened(v) for k, v in loaded.items() if isinstance(v, Tensor)}
 
 
-def _refuse_torchtune(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _refuse_other_tools(tensors: Mapping[str, Tensor], file: Path) -> None:
     if any(key.endswith(".lora_a.weight") for key in tensors):
         raise AdapterFileError(
             "these are torchtune's names, and rows of q and k in another order than Hugging Face's",
             where=str(file),
             expected="the adapter in PEFT's layout, which torchtune writes beside its own",
             remedy=f"give the directory with adapter_config.json near {file.parent}",
+        )
+    peft = [key for key in tensors if key.endswith(".weight") and ".lora_A." in key]
+    if peft:
+        raise AdapterFileError(
+            "these are PEFT's names, and the file says neither rank nor alpha",
+            where=str(file),
+            found=peft[0],
+            remedy="name it adapter_model.bin, and give its directory with adapter_config.json "
+            "beside it",
         )
 
 

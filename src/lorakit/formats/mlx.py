@@ -9,10 +9,13 @@ but for the models that mlx-lm arranges otherwise.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,14 +31,16 @@ from lorakit.formats.foreign import (
     made_adapter,
     one_name_each,
     pairs_of,
-    read_safetensors,
     refuse_beside,
     refuse_tied,
     whole_updates,
 )
 from lorakit.formats.peft_parts import stack_magnitudes, stack_parts
+from lorakit.formats.tensor_files import first_line, read_safetensors, widened
 
-_TENSORS = "adapters.safetensors"
+# mlx-lm wrote NumPy's format before.
+MLX_TENSORS = ("adapters.safetensors", "adapters.npz")
+_TENSORS, _OLD_TENSORS = MLX_TENSORS
 _CONFIG = "adapter_config.json"
 _IN_BLOCK = re.compile(r"(?:.*\.)?(?:layers|h|blocks|block)\.\d+\.(?P<inside>.+)")
 
@@ -63,8 +68,8 @@ class MlxFormat:
     about = "mlx-lm's adapter directory"
 
     def recognises(self, path: Path) -> bool:
-        """A directory with adapters.safetensors."""
-        return (path / _TENSORS).is_file()
+        """A directory with adapters.safetensors, or with the older adapters.npz."""
+        return any((path / name).is_file() for name in MLX_TENSORS)
 
     def read(self, path: Path, given: Conversion) -> Adapter:
         """Read an adapter.
@@ -73,30 +78,31 @@ class MlxFormat:
             AdapterFileError: no scale in the configuration, unknown names or tensors.
         """
         config = _read_config(path / _CONFIG)
-        tensors = read_safetensors(path / _TENSORS)
-        pairs = pairs_of(tensors, (".lora_a", ".lora_b"), path / _TENSORS)
+        file = path / (_TENSORS if (path / _TENSORS).is_file() else _OLD_TENSORS)
+        tensors = read_safetensors(file) if file.name == _TENSORS else _read_npz(file)
+        pairs = pairs_of(tensors, (".lora_a", ".lora_b"), file)
         magnitudes = {k.removesuffix(".m"): v for k, v in tensors.items() if k.endswith(".m")}
         unknown = [k for k in tensors if not k.endswith((".lora_a", ".lora_b", ".m"))]
         dora = config.get("fine_tune_type") == "dora"
         if unknown or set(magnitudes) != (set(pairs) if dora else set()):
             raise AdapterFileError(
                 "the file has tensors that are not low-rank updates, or lacks magnitudes",
-                where=str(path / _TENSORS),
+                where=str(file),
                 expected="lora_a and lora_b" + (" and m of every update" if dora else ""),
                 found=", ".join(unknown[:6]) or f"{len(magnitudes)} of {len(pairs)} magnitudes",
             )
         scale = _scale(config, given, path / _CONFIG)
         names = Names(given.model)
         here = {key: _own_name(key, given) for key in pairs}
-        found = names.require(list(dict.fromkeys(here.values())), path / _TENSORS)
+        found = names.require(list(dict.fromkeys(here.values())), file)
         own = {key: found[name] for key, name in here.items()}
-        one_name_each(own, path / _TENSORS)
+        one_name_each(own, file)
         factors: dict[str, Factors] = {}
         for key, (a, b) in pairs.items():
             if a.ndim != 2 or b.ndim != 2:
                 raise AdapterFileError(
                     "updates of expert weights are not read from this format",
-                    where=f"{path / _TENSORS}: {key}",
+                    where=f"{file}: {key}",
                     found=f"lora_a {tuple(a.shape)}",
                 )
             made = names.factors(own[key], a.T, b.T, scaling=scale, where=path)
@@ -144,6 +150,19 @@ class MlxFormat:
         }
         write_json(path / _CONFIG, config)
         return path
+
+
+def _read_npz(file: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {key: widened(torch.from_numpy(arrays[key])) for key in arrays.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise AdapterFileError(
+            "the adapter's tensors cannot be read",
+            where=str(file),
+            found=first_line(error),
+            remedy="copy the file again",
+        ) from error
 
 
 def _renamed(given: Conversion) -> tuple[tuple[str, str], ...]:

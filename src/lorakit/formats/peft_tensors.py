@@ -20,7 +20,7 @@ from lorakit.errors import AdapterFileError
 
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_OLD_NAME = "adapter_model.bin"
+OLD_NAME = "adapter_model.bin"
 # No module of a model has such a name, so that they can stand anywhere.
 _WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -60,7 +60,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         AdapterFileError: no such file, or a corrupt, truncated or hostile one.
     """
     file = path / TENSORS_NAME
-    old = path / _OLD_NAME
+    old = path / OLD_NAME
     if not file.is_file() and not old.is_file():
         raise _no_tensors(path)
     try:

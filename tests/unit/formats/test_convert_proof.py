@@ -128,7 +128,7 @@ def test_halves_with_several_scalings_are_folded_in_float32(
     save_file({k: t.to(dtype) for k, t in load_file(file).items()}, file)
     record = convert(adapter, tmp_path / "made", to, base=base)
     assert record["max_relative_error"] < 1e-6
-    options = ConvertOptions(alpha=record["alpha"])
+    options = ConvertOptions(alpha=record["alpha"] if to == "loralib" else None)
     convert(record["output"], tmp_path / "back", "peft", base=base, options=options)
     before, after = read_adapter(adapter), read_adapter(tmp_path / "back")
     for module in before.modules():
