@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from lorakit.analysis.pairs import Similarity
@@ -11,7 +11,7 @@ from lorakit.analysis.plots import heat_maps, over_steps, spectra
 from lorakit.analysis.run import Analysis, SiteFacts
 from lorakit.analysis.spectra import INTRUDER_THRESHOLD, NUM_LEADING
 from lorakit.formatting import format_count, format_number, format_share
-from lorakit.report.layer_figures import Chart, by_layer, layer_of, short_names
+from lorakit.report.layer_figures import MAX_REFERENCES, Chart, by_layer, layer_of, short_names
 from lorakit.report.schema import Report, Section, Tile
 
 _MAX_MAPS = 7
@@ -115,11 +115,11 @@ def _pair(analysis: Analysis) -> list[Section]:
                 "title": "Where the two adapters agree",
                 "svg": by_layer(
                     {a.site: a.cosine for a in found},
-                    Chart(label="cosine of the two changes", reference=(0.0, "unrelated")),
+                    Chart(label="cosine of the two changes", references=((0.0, "unrelated"),)),
                 ),
                 "note": "The cosine of the two changes as vectors: 1 the same direction, -1 the "
                 "opposite. Shares of input and output directions and conflicts of sign are in "
-                "agreement.csv; below, the weights that agree most and least.",
+                "agreement.csv; the table has the weights that agree most and least.",
                 "columns": ["site", "cosine", "inputs", "outputs", "sign conflict"],
                 "rows": [
                     [
@@ -144,15 +144,15 @@ def _ends(ordered: list[Any]) -> list[Any]:
 def _subspace_sections(found: Sequence[Similarity], labels: list[str]) -> list[Section]:
     by_site = {s.site: s for s in found}
     shown = [by_site[site] for site in middle_sites(list(by_site), _MAX_MAPS)]
-    chance = sum(s.chance for s in found) / len(found)
     return [
         {
             "title": "Subspaces in common",
             "svg": heat_maps(shown, (labels[0], labels[1])),
             "note": "phi(i, j) of the leading i and j directions (Hu et al. 2021, eq. 4): 1 where "
             "one subspace contains the other, 0 where they are orthogonal. Directions: "
-            f"{_OF[found[0].of]}. One weight of each kind, in the middle of the model; the last "
-            "panel is chance. All weights are in subspaces.csv.",
+            f"{_OF[found[0].of]}. One weight of each kind, in the middle of the model; the "
+            "Gaussian panels are chance for inputs or outputs of size d. All weights are in "
+            "subspaces.csv.",
         },
         {
             "title": "The first direction of each weight",
@@ -166,11 +166,24 @@ def _subspace_sections(found: Sequence[Similarity], labels: list[str]) -> list[S
             "title": "All directions of each weight",
             "svg": by_layer(
                 {s.site: s.whole for s in found},
-                Chart(label="phi(r1, r2)", bottom=0, top=1.03, reference=(chance, "chance, mean")),
+                Chart(label="phi(r1, r2)", bottom=0, top=1.03, references=_chances(found)),
             ),
             "note": "Random subspaces would share max(r1, r2) / d.",
         },
     ]
+
+
+def _chances(found: Sequence[Similarity]) -> tuple[tuple[float, str], ...]:
+    """What random subspaces of the weights' sizes would share: each level, or one for all."""
+    levels = sorted({s.chance for s in found})
+    if len(levels) > MAX_REFERENCES:
+        return ((fmean(s.chance for s in found), "chance, mean"),)
+    if len(levels) == 1:
+        return ((levels[0], "chance"),)
+    sizes = {s.chance: s.d for s in found}
+    if len(set(sizes.values())) < len(levels):
+        return tuple((level, f"chance, {format_number(level)}") for level in levels)
+    return tuple((level, f"chance, d = {sizes[level]}") for level in levels)
 
 
 def _single(analysis: Analysis, label: str) -> list[Section]:

@@ -45,6 +45,11 @@ class Similarity:
     whole: float
     chance: float
 
+    @property
+    def d(self) -> int:
+        """The size of the space that the directions are in."""
+        return round(max(self.phi.shape) / self.chance)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:

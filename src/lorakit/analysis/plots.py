@@ -75,7 +75,7 @@ def spectra(found: Mapping[str, Spectrum]) -> str:
 
 
 def heat_maps(found: Sequence[Similarity], labels: tuple[str, str]) -> str:
-    """phi(i, j) of some sites (Figures 3 and 4), and of two Gaussian matrices for comparison.
+    """phi(i, j) of some sites (Figures 3 and 4), and of Gaussian matrices of each size d beside.
 
     Args:
         found: the sites to draw.
@@ -83,7 +83,8 @@ def heat_maps(found: Sequence[Similarity], labels: tuple[str, str]) -> str:
     """
     names = short_names(s.site for s in found)
     panels = [(f"{names[s.site]}{_in_layer(s.site)}", s.phi) for s in found]
-    panels.append(("two Gaussian matrices", found[0].control))
+    controls = {s.d: s.control for s in reversed(found)}
+    panels += [(f"Gaussian, d = {d}", controls[d]) for d in sorted(controls)]
     columns = min(_PANELS_IN_ROW, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):

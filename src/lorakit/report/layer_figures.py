@@ -21,6 +21,8 @@ COLOURS = (
     "#c23b3b", "#1f9bb5", "#7a5bd0", "#7d8b12", "#6b7686",
 )  # fmt: skip
 _MARKERS = "osD^vPX*<>"
+_REFERENCE_LINES = ("--", ":", "-.")
+MAX_REFERENCES = len(_REFERENCE_LINES)
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -68,14 +70,14 @@ class Chart:
     Attributes:
         label: of the vertical axis.
         log: whether that axis is logarithmic.
-        reference: a level to compare with, and what it is.
+        references: levels to compare with, and what each is.
         bottom: where the axis begins, or None.
         top: where it ends, or None.
     """
 
     label: str
     log: bool = False
-    reference: tuple[float, str] | None = None
+    references: tuple[tuple[float, str], ...] = ()
     bottom: float | None = None
     top: float | None = None
 
@@ -127,17 +129,13 @@ def finish(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_number(float(y))))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_ylim(bottom=chart.bottom, top=chart.top)
-    if chart.reference is not None:
-        level, what = chart.reference
-        axes.axhline(level, color=STYLE["text.color"], linewidth=1, linestyle="--")
-        axes.annotate(
-            what,
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            fontsize=9,
-            ha="right",
-            va="bottom",
+        # Values that hardly differ would leave no room above them.
+        highest = float(axes.dataLim.y1)
+        room = 1.05 * highest if chart.bottom == 0 and highest > 0 else None
+        axes.set_ylim(bottom=chart.bottom, top=room if chart.top is None else chart.top)
+    for (level, what), line in zip(chart.references, _REFERENCE_LINES, strict=False):
+        axes.axhline(
+            level, color=STYLE["text.color"], linewidth=1, linestyle=line, zorder=1, label=what
         )
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

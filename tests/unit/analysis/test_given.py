@@ -142,3 +142,18 @@ def test_an_encoder_and_a_decoder_are_kinds_of_their_own():
     ]  # fmt: skip
     assert middle_sites(sites, 4) == [sites[1], sites[3]]
     assert set(short_names(sites[:2]).values()) == {"q"}
+
+
+def test_chance_is_drawn_for_every_size_of_the_weights(tmp_path):
+    """Random directions in the 16 outputs of k share more than in the 32 of q."""
+    targets = {"target_modules": ["q_proj", "k_proj"]}
+    paths = [_from_peft("llama", tmp_path / str(r), seed=r, r=r, **targets) for r in (2, 3)]
+    found = analyze(paths, AnalyzeOptions(of="B"))
+    assert {(s.site.rpartition(".")[2], s.d) for s in found.subspaces} == {
+        ("q_proj", 32),
+        ("k_proj", 16),
+    }
+    drawings = {s["title"]: s.get("svg", "") for s in page(found)["sections"]}
+    for d in (16, 32):
+        assert f"Gaussian, d = {d}" in drawings["Subspaces in common"]
+        assert f"chance, d = {d}" in drawings["All directions of each weight"]
