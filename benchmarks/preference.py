@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="pairs, .jsonl or .jsonl.gz")
     parser.add_argument("--output", type=Path, default=RESULTS / "preference.json")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--pairs", type=int, default=400, help="pairs to train on")
+    parser.add_argument("--pairs", type=int, default=800, help="pairs to train on")
     parser.add_argument("--held-out", type=int, default=100, help="pairs to measure on")
     parser.add_argument("--texts", type=int, default=6, help="requests that are answered")
     parser.add_argument("--tokens", type=int, default=48, help="the longest answer")
