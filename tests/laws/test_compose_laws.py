@@ -386,6 +386,23 @@ def test_a_layer_that_one_part_replaces_and_another_adapts_has_both(
     torch.testing.assert_close(model.get_parameter("lm_head.weight").detach() - before, wanted)
 
 
+def test_heads_of_different_classes_are_refused() -> None:
+    one = learned("bert", LoraSpec(targets=("query",)), seed=1)
+    facts = {"task": {"name": "classify", "targets": {"kind": "classes", "names": ["no", "yes"]}}}
+    other = {"task": {"name": "classify", "targets": {"kind": "classes", "names": ["yes", "no"]}}}
+
+    def headed(outputs: int, passport: dict[str, Any]) -> Adapter:
+        return replace(
+            one, overrides={"classifier.weight": torch.ones(outputs, 32)}, passport=passport
+        )
+
+    with pytest.raises(BaseMismatchError, match=r"classifier.weight(.|\n)*\(2, 32\)"):
+        compose({headed(2, {}): 0.5, headed(3, {}): 0.5})
+    with pytest.raises(BaseMismatchError, match=r"yes, no"):
+        compose({headed(2, facts): 0.5, headed(2, other): 0.5})
+    assert compose({headed(2, facts): 0.5, headed(2, facts): 0.5}).passport["task"] == facts["task"]
+
+
 def test_the_passport_names_the_parts() -> None:
     one, two = pair("llama")
     made = compose({one: 0.7, two: 0.3}, "svd", r=2)

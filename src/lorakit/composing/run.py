@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
+from lorakit.adapters.composition.beside import beside_needs_base
 from lorakit.adapters.composition.compose import Composition, compose_parts
-from lorakit.adapters.composition.identity import require_common_base
+from lorakit.adapters.composition.identity import require_common_base, require_common_classes
 from lorakit.adapters.composition.prediction import Prediction, SitePair, predict_interference
-from lorakit.adapters.composition.recipe import Part, Recipe, check_parts
+from lorakit.adapters.composition.recipe import Part, Recipe, check_parts, is_identity
 from lorakit.composing.measure import BASE, COMPOSED, PartTask, measure_tasks
 from lorakit.composing.tune import Tuned, require_tunable, tune_weights
 from lorakit.data.options import SftOptions
@@ -135,6 +136,7 @@ def compose_to_disk(request: ComposeRequest) -> dict[str, Any]:
     used = check_parts(parts, recipe)
     if request.tuning is not None or request.tasks:
         used = parts
+    require_common_classes(used)
     if not recipe.any_base:
         require_common_base(used, None)
     if request.tuning is not None:
@@ -192,7 +194,7 @@ def _base_for(
 ) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None]:
     """The base and its tokenizer, where something needs them."""
     asks = request.tuning is not None or bool(request.tasks)
-    if not asks and request.base is None and not _needs_base(request.parts):
+    if not asks and request.base is None and not _needs_base(request.parts, request.recipe):
         return None, None
     if asks:
         _refuse_classifiers(request.parts)
@@ -203,13 +205,13 @@ def _base_for(
     return load_base_model(ref, dtype=dtype, device=request.device), tokenizer
 
 
-def _needs_base(parts: Sequence[Part]) -> bool:
-    """DoRA, and weighted parameters beside; what one part alone at weight 1 has needs none."""
-    if len(parts) == 1 and parts[0].weight == 1:
+def _needs_base(parts: Sequence[Part], recipe: Recipe) -> bool:
+    """DoRA, and parameters beside whose weights leave something of the base's own."""
+    counting = check_parts(parts, recipe)
+    if is_identity(counting, recipe):
         return False
-    adapters = [part.adapter for part in parts if part.weight]
-    dora = any(f.magnitude is not None for a in adapters for f in a.factors.values())
-    return dora or any(a.biases or a.overrides for a in adapters)
+    dora = any(part.adapter.spec.update == "dora" for part in counting)
+    return dora or beside_needs_base(counting)
 
 
 def _refuse_classifiers(parts: Sequence[Part]) -> None:

@@ -125,7 +125,7 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
             found=", ".join(f"{key}={config[key]!r}" for key in refused),
             remedy="for PiSSA-like inits, save with PEFT's path_initial_model_for_weight_conversion"
             if "init_lora_weights" in refused
-            else None,
+            else "merge it with PEFT itself (merge_and_unload), and use the merged model here",
         )
     unknown = [k for k, v in config.items() if k not in _KNOWN and k not in _REFUSED and v]
     if unknown:

@@ -128,6 +128,39 @@ def test_refusals_write_nothing(case, base, run_directory, second, data, tmp_pat
     assert not (tmp_path / "made").exists()
 
 
+def _forget_base(adapter):
+    file = adapter / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "base_model_name_or_path": str(adapter / "gone")}
+    file.write_text(json.dumps(config))
+
+
+def test_what_needs_no_base_does_not_ask_for_it(base, tmp_path, answer):
+    """A DoRA adapter alone, and heads whose weights sum to 1: the base that they name is gone."""
+    model, _ = lk.load_model(base)
+    attach_learned(model, lk.LoraSpec(r=3, alpha=5.0, targets="qv", update="dora"), size=0.05)
+    lk.save_adapter(model, tmp_path / "dora")
+    _forget_base(tmp_path / "dora")
+    code, record = answer("compose", tmp_path / "dora", "-o", tmp_path / "same")
+    assert code == 0
+    assert record["predicted"] == []
+    parts = []
+    for seed in (1, 2):
+        model, _ = lk.load_model(base)
+        spec = lk.LoraSpec(r=3, alpha=5.0, targets="qv", also_train=("norm",))
+        attach_learned(model, spec, seed=seed, size=0.05)
+        lk.save_adapter(model, tmp_path / f"part{seed}")
+        _forget_base(tmp_path / f"part{seed}")
+        parts.append(lk.Adapter.load(tmp_path / f"part{seed}"))
+    words = [f"{tmp_path / 'part1'}=0.25", f"{tmp_path / 'part2'}=0.75"]
+    code, record = answer("compose", *words, "-o", tmp_path / "made")
+    assert code == 0
+    for name, value in lk.Adapter.load(tmp_path / "made").overrides.items():
+        wanted = 0.25 * parts[0].overrides[name] + 0.75 * parts[1].overrides[name]
+        torch.testing.assert_close(value, wanted)
+    code, record = answer("compose", words[0], "-o", tmp_path / "half")
+    assert code == 2, "its difference from the base counts, and the base is not there"
+
+
 def test_the_output_must_be_free(run_directory, second, capsys):
     assert main(["compose", str(second), "-o", str(run_directory)]) == 2
     assert "not empty" in capsys.readouterr().err

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.composition.recipe import Part
 from lorakit.adapters.targets import base_modules
-from lorakit.errors import SpecError
+from lorakit.errors import BaseMismatchError, SpecError
 
 
 def combined_biases(parts: Sequence[Part], base: nn.Module | None) -> dict[str, Tensor]:
     """Trained biases b0 + the sum of w (b - b0); see `_combine`."""
-    return _combine(parts, base, lambda adapter: adapter.biases, ending=".bias")
+    return _combine(parts, base, _biases, ending=".bias")
 
 
 def combined_overrides(parts: Sequence[Part], base: nn.Module | None) -> dict[str, Tensor]:
     """Parameters trained beside, p0 + the sum of w (p - p0); see `_combine`."""
-    return _combine(parts, base, lambda adapter: adapter.overrides, ending="")
+    return _combine(parts, base, _overrides, ending="")
 
 
 def fold_into_overrides(
@@ -51,6 +51,36 @@ def fold_into_overrides(
     return kept, changed
 
 
+def beside_needs_base(parts: Sequence[Part]) -> bool:
+    """Whether a bias or a parameter trained beside cannot be combined without the base's own."""
+    return any(
+        not _is_settled(having)
+        for values_of in (_biases, _overrides)
+        for having in _holders(parts, values_of).values()
+    )
+
+
+def _biases(adapter: Adapter) -> Mapping[str, Tensor]:
+    return adapter.biases
+
+
+def _overrides(adapter: Adapter) -> Mapping[str, Tensor]:
+    return adapter.overrides
+
+
+def _holders(
+    parts: Sequence[Part], values_of: Callable[[Adapter], Mapping[str, Tensor]]
+) -> dict[str, list[Part]]:
+    """Parameter -> the parts that have a value for it."""
+    names = dict.fromkeys(name for part in parts for name in values_of(part.adapter))
+    return {name: [part for part in parts if name in values_of(part.adapter)] for name in names}
+
+
+def _is_settled(having: Sequence[Part]) -> bool:
+    """Weights that sum to 1: the base's own value has the weight 0."""
+    return abs(sum(part.weight for part in having) - 1) <= 1e-12
+
+
 def _combine(
     parts: Sequence[Part],
     base: nn.Module | None,
@@ -64,24 +94,36 @@ def _combine(
     that all have the parameter need no base.
 
     Raises:
+        BaseMismatchError: two parts have different shapes.
         SpecError: the base is needed and not given.
     """
-    names = dict.fromkeys(name for part in parts for name in values_of(part.adapter))
     combined: dict[str, Tensor] = {}
-    for name in names:
-        having = [part for part in parts if name in values_of(part.adapter)]
+    for name, having in _holders(parts, values_of).items():
         values = [values_of(part.adapter)[name] for part in having]
+        _require_one_shape(name, having, values)
         if len(having) == 1 and having[0].weight == 1:
             combined[name] = values[0]
             continue
-        total = sum(part.weight for part in having)
         result = torch.zeros_like(values[0], dtype=torch.float64)
         for part, value in zip(having, values, strict=True):
             result += part.weight * value.double()
-        if abs(total - 1) > 1e-12:
-            result += (1 - total) * _base_value(base, f"{name}{ending}", having).double()
+        if not _is_settled(having):
+            rest = 1 - sum(part.weight for part in having)
+            result += rest * _base_value(base, f"{name}{ending}", having).double()
         combined[name] = result.to(reduce(torch.promote_types, (v.dtype for v in values)))
     return combined
+
+
+def _require_one_shape(name: str, having: Sequence[Part], values: Sequence[Tensor]) -> None:
+    shapes = {tuple(value.shape): part.name for part, value in zip(having, values, strict=True)}
+    if len(shapes) > 1:
+        raise BaseMismatchError(
+            "two parts replace one parameter with different shapes: heads of different classes, or "
+            "vocabularies of different sizes",
+            where=name,
+            found=", ".join(f"{part} {shape}" for shape, part in shapes.items()),
+            remedy="compose adapters of one task's classes and one vocabulary",
+        )
 
 
 def _base_value(base: nn.Module | None, name: str, having: Sequence[Part]) -> Tensor:
@@ -91,7 +133,8 @@ def _base_value(base: nn.Module | None, name: str, having: Sequence[Part]) -> Te
             "a parameter is trained beside; what an adapter changes of it depends on the base",
             where=name,
             found=names,
-            remedy="give the base: compose(..., base=model), --base REF",
+            remedy="give the base (compose(..., base=model), --base REF), or weights that sum to 1 "
+            "over parts that all have the parameter",
         )
     owner, _, leaf = name.rpartition(".")
     return base_modules(base)[owner].get_parameter(leaf).detach().cpu()

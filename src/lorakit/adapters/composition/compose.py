@@ -16,7 +16,11 @@ from lorakit.adapters.composition.beside import (
     combined_overrides,
     fold_into_overrides,
 )
-from lorakit.adapters.composition.identity import common_facts, require_common_base
+from lorakit.adapters.composition.identity import (
+    common_facts,
+    require_common_base,
+    require_common_classes,
+)
 from lorakit.adapters.composition.recipe import Part, Recipe, check_parts, is_identity
 from lorakit.adapters.composition.sites import CommonSite, common_sites
 from lorakit.adapters.composition.ways import Held, combine
@@ -116,6 +120,7 @@ def compose_parts(
         SpecError, BaseMismatchError: see `compose`.
     """
     counting = check_parts(parts, recipe)
+    require_common_classes(counting)
     if not recipe.any_base:
         require_common_base(counting, base)
     if base is not None:

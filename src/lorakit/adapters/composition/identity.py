@@ -47,6 +47,35 @@ def _base(part: Part) -> Mapping[str, Any] | None:
     return facts if isinstance(facts, Mapping) and "samples" in facts else None
 
 
+def require_common_classes(parts: Sequence[Part]) -> None:
+    """Refuse heads of different classes: their outputs do not mean the same.
+
+    Raises:
+        BaseMismatchError: two passports name different classes.
+    """
+    known = [(part.name, found) for part in parts if (found := _classes(part)) is not None]
+    for name, found in known[1:]:
+        if found != known[0][1]:
+            raise BaseMismatchError(
+                "the parts give rows different classes, or the same in another order",
+                where=name,
+                expected=f"{_listed(known[0][1])}, those of {known[0][0]}",
+                found=_listed(found),
+                remedy="compose classifiers of the same classes",
+            )
+
+
+def _classes(part: Part) -> list[str] | None:
+    task = part.adapter.passport.get("task")
+    targets = task.get("targets") if isinstance(task, Mapping) else None
+    names = targets.get("names") if isinstance(targets, Mapping) else None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes) or "a number"
+
+
 def common_facts(parts: Sequence[Part]) -> dict[str, Any]:
     """The passport of a composed adapter, without what tells of its parts.
 

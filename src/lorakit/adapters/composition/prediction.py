@@ -72,9 +72,11 @@ def predict_interference(
         SpecError, BaseMismatchError: see `lorakit.adapters.composition.compose.compose`.
     """
     counting = check_parts(parts, recipe)
+    if len(counting) < 2:
+        return [], []  # also a DoRA part alone, whose change nobody asks for
     sites = common_sites(counting, base)
     pairs: list[SitePair] = []
-    for site in track(sites, "predicting interference") if len(counting) > 1 else ():
+    for site in track(sites, "predicting interference"):
         products = [_product(term) for term in site.terms]
         for i, first in enumerate(site.terms):
             for j in range(i + 1, len(site.terms)):
