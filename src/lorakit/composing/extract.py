@@ -28,6 +28,8 @@ from lorakit.progress import track
 
 _NUM_SHOWN = 6
 _MUCH_ROUNDING = 0.05
+# Of a sum of squares in float64 that was taken in another order.
+_SUMMED = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Rest:
 
     Attributes:
         name: the parameter.
-        norm: ||tuned - base||_F.
+        norm: ||tuned - base||_F; where parts of a fused projection are targeted, outside of them.
         relative: the same over ||base||_F; None where the base's is zero.
         kept: whether the adapter holds it whole.
     """
@@ -219,8 +221,9 @@ class _Work:
             self._approximate(site, change)
         if sites:
             self._squared_rounding += rounding_of(before, after) ** 2
-        else:
-            norm, size = float(change.norm()), float(before.float().norm())
+        norm = _outside(sites, change) if sites else float(change.norm())
+        if norm:
+            size = float(before.float().norm())
             self.rest.append(Rest(name, norm, norm / size if size else None, keep))
 
     def _approximate(self, site: Site, change: Tensor) -> None:
@@ -259,6 +262,16 @@ class _Work:
         """What rounding explains of the sites' change, in norm."""
         wanted = sum(site.norm**2 for site in self.sites)
         return (self._squared_rounding / wanted) ** 0.5 if wanted else 0.0
+
+
+def _outside(sites: list[Site], change: Tensor) -> float:
+    """The norm of what lies outside of the parts of a fused projection that are targeted."""
+    if any(site.rows is None for site in sites):
+        return 0.0
+    matrix = as_matrix(KINDS[sites[0].kind], change).double()
+    inside = sum(float(take_rows(matrix, site.rows).square().sum()) for site in sites)
+    total = float(matrix.square().sum())
+    return (total - inside) ** 0.5 if total - inside > _SUMMED * total else 0.0
 
 
 def _inside(parameter: str, owners: tuple[str, ...]) -> bool:

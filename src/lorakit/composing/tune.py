@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attach import detach, use
 from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.composition.compose import compose_parts
-from lorakit.adapters.composition.recipe import Part, Recipe
+from lorakit.adapters.composition.recipe import Part, Recipe, is_identity
 from lorakit.errors import SpecError
 from lorakit.evaluate.likelihood import Labelled, answer_nll
 
@@ -32,7 +34,7 @@ class Tuned:
         weights: the best weights found.
         perplexity: with them.
         base: of the base alone.
-        alone: of each part alone, at weight 1.
+        alone: of each part alone, neither thinned out nor cut off.
         trials: every composition that was tried: its weights and its perplexity.
     """
 
@@ -89,15 +91,16 @@ def tune_weights(
 ) -> Tuned:
     """Search weights with the lowest perplexity on the examples, by moving one at a time.
 
-    The base and each part alone are tried first. From the best of them and the given weights, each
-    weight is moved up and down by 0.5, then by halves of it down to 0.1, as long as it helps.
+    The base and each part alone, as it is, are tried first. From the best composition (the base and
+    parts at weight 1 included) and the given weights, each weight is moved up and down by 0.5, then
+    by halves of it down to 0.1, as long as it helps.
 
     Args:
         model: the base, nothing attached; left as it was.
         parts: the adapters; their weights are where the search starts.
         recipe: how they are composed at every trial.
         examples: validation rows with labels.
-        max_trials: compositions that are tried at most.
+        max_trials: what is scored at most, the base and the parts included.
         batch_size: rows per forward pass.
 
     Raises:
@@ -106,24 +109,31 @@ def tune_weights(
     require_tunable(parts, recipe, max_trials)
     found = Tuned(tuple(part.name for part in parts))
 
+    numbers = itertools.count(1)
+
+    def measure(adapter: Adapter | None) -> float:
+        label = f"trial {next(numbers)} of at most {max_trials}"
+        return _perplexity(
+            model, adapter, lambda: answer_nll(model, examples, batch_size=batch_size, label=label)
+        )
+
     def score(weights: Weights) -> float:
         if weights not in found.trials:
-            label = f"trial {len(found.trials) + 1} of at most {max_trials}"
             weighted = [replace(p, weight=w) for p, w in zip(parts, weights, strict=True)]
-            found.trials[weights] = _perplexity(
-                model,
-                weighted,
-                recipe,
-                lambda: answer_nll(model, examples, batch_size=batch_size, label=label),
-            )
+            made = compose_parts(weighted, recipe, base=model, quiet=True).adapter
+            found.trials[weights] = measure(made)
         return found.trials[weights]
 
+    # Thinned out or cut off, weight 1 of a part would not be that part.
+    apart = [part.name for part in parts if not is_identity([replace(part, weight=1.0)], recipe)]
     num = len(parts)
-    found.base = score((0.0,) * num)
+    found.base = found.trials[(0.0,) * num] = measure(None)
     for i, part in enumerate(parts):
-        found.alone[part.name] = score(tuple(float(i == j) for j in range(num)))
+        found.alone[part.name] = measure(part.adapter)
+        if part.name not in apart:
+            found.trials[tuple(float(i == j) for j in range(num))] = found.alone[part.name]
     score(tuple(float(part.weight) for part in parts))
-    found.weights = _climb(score, found.trials, max_trials)
+    found.weights = _climb(score, found.trials, max_trials - len(apart))
     found.perplexity = found.trials[found.weights]
     return found
 
@@ -147,15 +157,11 @@ def _climb(
 
 
 def _perplexity(
-    model: PreTrainedModel,
-    parts: Sequence[Part],
-    recipe: Recipe,
-    measure: Callable[[], Any],
+    model: PreTrainedModel, adapter: Adapter | None, measure: Callable[[], Any]
 ) -> float:
-    if not any(part.weight for part in parts):
+    if adapter is None:
         with use(model, None):
             return _of(measure())
-    adapter = compose_parts(parts, recipe, base=model, quiet=True).adapter
     # The parts were checked against this base when they were composed.
     bind_adapter(model, adapter, _NAME, any_base=True)
     try:

@@ -205,6 +205,22 @@ def test_biases_are_held_where_asked(name: str, bias: Bias, tmp_path: Path) -> N
     torch.testing.assert_close(tiny_models.outputs(theirs, given), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_the_part_of_a_fused_projection_that_is_not_targeted_is_lost(tmp_path: Path) -> None:
+    base_model, tuned_model = tiny_models.build("gpt2"), trained("gpt2", "c_attn.weight")
+    base, tuned = saved(base_model, tmp_path / "base"), saved(tuned_model, tmp_path / "tuned")
+    spec = LoraSpec(r=32, alpha=32, targets=("c_attn.q", "c_attn.v"))
+    with pytest.warns(LorakitWarning, match=r"2 changed .*h.0.attn.c_attn.weight \(by"):
+        found = extract_with_report(base, tuned, spec)
+    name = "transformer.h.0.attn.c_attn.weight"
+    change = (tuned_model.get_parameter(name) - base_model.get_parameter(name)).detach()
+    keys = float(change[:, 32:64].norm())
+    assert {rest.name: rest.norm for rest in found.rest}[name] == pytest.approx(keys, rel=1e-5)
+    assert found.relative_error < 1e-5
+    assert found.relative_lost == pytest.approx(3**-0.5, rel=0.1)
+    whole = LoraSpec(r=32, alpha=32, targets=("c_attn.q", "c_attn.k", "c_attn.v"))
+    assert not extract_with_report(base, tuned, whole).rest
+
+
 def test_what_was_only_stored_otherwise_did_not_change(tmp_path: Path) -> None:
     base = saved(tiny_models.build("llama"), tmp_path / "base")
     tuned = saved(trained("llama", "q_proj").bfloat16(), tmp_path / "tuned")
