@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.errors import AdapterFileError, LorakitWarning, RequestError
@@ -62,7 +62,7 @@ class KohyaFormat:
         _refuse_image(pairs, given.prefix, file)
         _refuse_others(tensors, pairs, file)
         names = Names(given.model)
-        own = _Underscored(names).require(list(pairs), given.prefix, file)
+        own = _Underscored(names, given.model).require(list(pairs), given.prefix, file)
         factors: dict[str, Factors] = {}
         for key, (down, up) in pairs.items():
             module = own[key]
@@ -80,7 +80,7 @@ class KohyaFormat:
                 name is another module's too.
         """
         lead = _lead(_OWN_PREFIX if given.prefix is None else given.prefix)
-        names = _Underscored(Names(given.model))
+        names = _Underscored(Names(given.model), given.model)
         tensors: dict[str, Tensor] = {}
         for update in whole_updates(adapter, "kohya's format", ("linear", "conv1d", "conv2d")):
             key = f"{lead}{names.key(update.module)}"
@@ -97,10 +97,15 @@ class _Underscored:
 
     Args:
         names: the base's modules.
+        model: the base.
     """
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: Names, model: nn.Module) -> None:
         self._names = names
+        # transformers 5 left the module out that sd-scripts' names of CLIP begin with.
+        is_clip = type(model).__name__.startswith("CLIPTextModel")
+        is_bare = not any(module.startswith("text_model.") for module in names.modules)
+        self._outer = "text_model_" if is_clip and is_bare else ""
         self._modules: dict[str, list[str]] = {}
         for module in names.modules:
             self._modules.setdefault(module.replace(".", "_"), []).append(module)
@@ -119,7 +124,7 @@ class _Underscored:
                 found=", ".join(self._modules[key]),
                 remedy="use a format that keeps the names: peft",
             )
-        return key
+        return f"{self._outer}{key}"
 
     def require(self, keys: list[str], prefix: str | None, file: Path) -> dict[str, str]:
         """Every key with the module it means.
@@ -151,7 +156,7 @@ class _Underscored:
         return found
 
     def _meant(self, bare: str) -> list[str]:
-        prefix = self._names.prefix
+        prefix, bare = self._names.prefix, bare.removeprefix(self._outer)
         for name in (bare, f"{prefix}_{bare}", bare.removeprefix(f"{prefix}_")):
             if name in self._modules:
                 return self._modules[name]

@@ -63,7 +63,7 @@ def _unknown(path: Path) -> NoReturn:
         expected="; ".join(f"{name}: {found.about}" for name, found in FOREIGN.items())
         + f"; {PEFT}: a directory with {CONFIG_NAME}",
         found=inside or (None if path.exists() else "nothing"),
-        remedy="say what it is: --from FORMAT",
+        remedy="say what it is: --from FORMAT" if path.exists() else "check the path",
     )
 
 

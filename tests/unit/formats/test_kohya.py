@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import tiny_models
 from learned import attach_learned
@@ -153,6 +154,28 @@ def test_two_names_of_one_module_are_refused(name: str, base: str, tmp_path: Pat
     with pytest.raises(AdapterFileError, match="one module") as caught:
         convert(source, tmp_path / "made", "peft", base=base, options=ConvertOptions(alpha=7.5))
     assert second in str(caught.value)
+
+
+def test_clip_has_the_name_that_sd_scripts_knows(tmp_path: Path) -> None:
+    """transformers 5 dropped `text_model.`, with which every such file is written."""
+    config = CLIPTextConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    CLIPTextModel(config).save_pretrained(tmp_path / "base")
+    own = update("lora_te_text_model_encoder_layers_1_self_attn_q_proj", seed=1)
+    base = str(tmp_path / "base")
+    convert(written(own, tmp_path), tmp_path / "made", "peft", base=base)
+    (site,) = read_adapter(tmp_path / "made").factors.values()
+    assert site.module.endswith("encoder.layers.1.self_attn.q_proj")
+    made = convert(tmp_path / "made", tmp_path / "back", "kohya", base=base)
+    again = load_file(made["output"])
+    assert again.keys() == own.keys()
+    assert all(tensor.equal(again[name]) for name, tensor in own.items())
 
 
 def test_rslora_scalings_survive_a_single_alpha_in_float32(base: str, tmp_path: Path) -> None:
