@@ -18,7 +18,7 @@ from lorakit.files import atomic_directory, require_free
 from lorakit.formats.compared import differences
 from lorakit.formats.foreign import Conversion
 from lorakit.formats.loralib import LoralibFormat, alpha_written
-from lorakit.formats.loralib_beside import num_classes
+from lorakit.formats.loralib_beside import classifying_head
 from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.formats.peft_config import CONFIG_NAME
 from lorakit.formats.peft_expert_stacks import one_by_one
@@ -227,14 +227,16 @@ def _base_model(source: Path, source_format: str, ref: str) -> PreTrainedModel:
     A base as it is published has the head it was pretrained with, which no classifier keeps.
     """
     model = empty_model(ref)
-    if source_format == PEFT:
-        found = num_classes(sort_tensors(read_tensors(source), source).overrides)
+    head = None
+    if source_format == PEFT and _stated(source, "task_type") == "SEQ_CLS":
+        head = classifying_head(sort_tensors(read_tensors(source), source).overrides)
     elif source_format == LoralibFormat.name:
-        found = LoralibFormat().classes(source)
-    else:
-        found = None
-    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
-    if found is None or (is_classifier and model.config.num_labels == found):
+        head = LoralibFormat().head(source)
+    if head is None:
+        return model
+    name, found = head
+    own = dict(model.named_parameters()).get(name)
+    if own is not None and own.shape[0] == found:
         return model
     names = tuple(map(str, range(found))) if found > 1 else ()
     padding = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
@@ -246,19 +248,22 @@ def _base_model(source: Path, source_format: str, ref: str) -> PreTrainedModel:
 def _named_base(source: Path, source_format: str) -> str:
     """The base that the source names itself."""
     key = {PEFT: "base_model_name_or_path", "mlx": "model"}.get(source_format)
-    file = source / CONFIG_NAME
-    if key is not None and file.is_file():
-        try:
-            name = json.loads(file.read_text(encoding="utf-8")).get(key)
-        except (ValueError, AttributeError):
-            name = None
-        if isinstance(name, str) and name:
-            return name
+    name = _stated(source, key) if key is not None else None
+    if isinstance(name, str) and name:
+        return name
     raise RequestError(
         "the base is needed: its configuration tells names and shapes",
         where=str(source),
         remedy="name it: --base REF (no weights are read)",
     )
+
+
+def _stated(source: Path, key: str) -> Any:
+    """A value of the source's configuration; None where that cannot be had."""
+    try:
+        return json.loads((source / CONFIG_NAME).read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _convert_experts(source: Path, output: Path, to: str, base: str | None) -> dict[str, Any]:

@@ -10,11 +10,15 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, RobertaForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    RobertaForMaskedLM,
+)
 
 import tiny_models
 from lorakit.converting import ConvertOptions, convert
-from lorakit.errors import LorakitWarning, RequestError
+from lorakit.errors import AdapterFileError, LorakitWarning, RequestError
 
 loralib = pytest.importorskip("loralib")
 ALPHA, CLASSES = 10, 3
@@ -125,3 +129,36 @@ def test_other_targets_still_refuse_the_head(tmp_path: Path) -> None:
             base=str(tmp_path / "base"),
             options=ConvertOptions(alpha=ALPHA),
         )
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_classifiers_that_peft_saved(task: str, tmp_path: Path) -> None:
+    """A head for sequences comes with its task; one for tokens needs the base that has it."""
+    kinds: dict[str, Any] = {
+        "SEQ_CLS": AutoModelForSequenceClassification,
+        "TOKEN_CLS": AutoModelForTokenClassification,
+    }
+    config = classifier().config
+
+    def build() -> Any:
+        return tiny_models.seeded(lambda: kinds[task].from_config(config))
+
+    wanted = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["query"], task_type=task)
+    theirs: Any = peft.get_peft_model(build(), wanted).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "masked")
+    build().save_pretrained(tmp_path / "same")
+    if task == "TOKEN_CLS":
+        with pytest.raises(AdapterFileError, match="RobertaForMaskedLM"):
+            convert(tmp_path / "adapter", tmp_path / "no", "loralib", base=str(tmp_path / "masked"))
+    base = str(tmp_path / ("masked" if task == "SEQ_CLS" else "same"))
+    made = convert(tmp_path / "adapter", tmp_path / "made", "loralib", base=base)
+    options = ConvertOptions(alpha=made["alpha"])
+    convert(made["output"], tmp_path / "back", "peft", base=base, options=options)
+    again = peft.PeftModel.from_pretrained(build(), tmp_path / "back").eval()
+    torch.testing.assert_close(answers(again), answers(theirs))

@@ -29,7 +29,7 @@ from lorakit.formats.foreign import (
     pairs_of,
     refuse_dora,
 )
-from lorakit.formats.loralib_beside import num_classes, with_what_is_beside
+from lorakit.formats.loralib_beside import classifying_head, with_what_is_beside
 from lorakit.formats.tensor_files import first_line, has_key, read_safetensors, widened
 
 _FILE = "lora.pt"
@@ -107,13 +107,13 @@ class LoralibFormat:
         adapter = made_adapter(factors, given, source=file, format_name=self.name)
         return with_what_is_beside(adapter, tensors, given.model, file)
 
-    def classes(self, path: Path) -> int | None:
-        """The outputs of the classification head in a file; None where it has none.
+    def head(self, path: Path) -> tuple[str, int] | None:
+        """See `classifying_head`.
 
         Raises:
             AdapterFileError: the file cannot be read.
         """
-        return num_classes(_state(path / _FILE if path.is_dir() else path))
+        return classifying_head(_state(path / _FILE if path.is_dir() else path))
 
     def write(self, adapter: Adapter, path: Path, given: Conversion) -> Path:
         """Write lora.pt, for `model.load_state_dict(..., strict=False)`.

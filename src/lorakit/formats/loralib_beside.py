@@ -23,11 +23,12 @@ _HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 _ENDINGS = (".lora_A", ".lora_B")
 
 
-def num_classes(tensors: Mapping[str, Tensor]) -> int | None:
-    """The outputs of the classification head that a file brings; None where it brings none."""
+def classifying_head(tensors: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """The last matrix of the head that a file brings, and its outputs; None without one."""
     for name, tensor in tensors.items():
-        if name.removeprefix("module.") in _HEADS and tensor.ndim == 2:
-            return tensor.shape[0]
+        bare = name.removeprefix("module.")
+        if bare in _HEADS and tensor.ndim == 2:
+            return bare, tensor.shape[0]
     return None
 
 
