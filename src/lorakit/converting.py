@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def convert(
     require_format(to)
     require_free(output)
     source_format = require_format(options.source_format or format_of(source))
-    _warn_of_unread(options, source_format, to)
+    _check_options(options, source_format, to)
     if to in EXPERT_LAYOUTS:
         return _convert_experts(source, output, to, base)
     if source_format == PEFT and has_experts(source):
@@ -112,7 +112,9 @@ def convert(
         "num_updates": len(adapter.factors),
         "num_params": adapter.num_params(),
         "max_relative_error": error,
-        "alpha": alpha_written(adapter, given),
+        "alpha": alpha_written(
+            adapter, given if to == LoralibFormat.name else replace(given, alpha=None)
+        ),
     }
 
 
@@ -140,8 +142,15 @@ def write_as(adapter: Adapter, output: Path, to: str, given: Conversion) -> tupl
     return output / name, error
 
 
-def _warn_of_unread(options: ConvertOptions, source_format: str, to: str) -> None:
-    """Say which options neither format asks for."""
+def _check_options(options: ConvertOptions, source_format: str, to: str) -> None:
+    """Refuse an alpha that cannot be, and say which options neither format asks for."""
+    if options.alpha is not None and not 0 < options.alpha < math.inf:
+        raise RequestError(
+            "alpha must be a positive number",
+            where="--alpha",
+            expected="alpha > 0",
+            found=str(options.alpha),
+        )
     alpha_asked = to == "loralib" or source_format in ("loralib", "mlx")
     unread = {
         "--alpha, which is for loralib's files and old ones of mlx-lm": options.alpha is not None

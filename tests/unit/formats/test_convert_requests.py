@@ -105,13 +105,14 @@ UNREAD: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_an_option_that_nobody_reads_is_said(case: str, made: Path, tmp_path: Path) -> None:
     source, to, options = UNREAD[case]
     with pytest.warns(LorakitWarning, match=f"nobody reads --{case.split()[0]}"):
-        convert(
+        record = convert(
             made / source,
             tmp_path / "out",
             to,
             base=str(made / "base"),
             options=ConvertOptions(**options),
         )
+    assert record["alpha"] == 7.5
 
 
 def test_parts_where_no_projection_is_fused(made: Path, tmp_path: Path) -> None:
@@ -130,6 +131,14 @@ def test_loralib_is_written_for_the_alpha_that_is_asked_for(made: Path, tmp_path
     before = read_adapter(made / "peft").factors["model.layers.0.self_attn.q_proj"]
     A, B = (state[f"model.layers.0.self_attn.q_proj.lora_{letter}"] for letter in "AB")
     torch.testing.assert_close(16 / 3 * B @ A, 2.5 * before.B @ before.A)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_alpha_that_cannot_be(alpha: float, made: Path, tmp_path: Path) -> None:
+    options = ConvertOptions(alpha=alpha)
+    for source, to in (("peft", "loralib"), ("loralib", "peft")):
+        with pytest.raises(RequestError, match="positive number"):
+            convert(made / source, tmp_path / "a", to, base=str(made / "base"), options=options)
 
 
 def test_another_base_of_a_loralib_file(made: Path, tmp_path: Path) -> None:
