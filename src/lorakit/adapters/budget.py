@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,6 +18,11 @@ _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
 
 class Priced(Protocol):
     """Something whose size depends on its rank."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or the kind's shape."""
+        ...
 
     def num_params_at(self, r: int) -> int:
         """Learned numbers at this rank."""
@@ -62,7 +68,7 @@ def equal_rank(sites: Sequence[Priced], num_params: int) -> int:
     """The largest rank that all sites can have within the budget.
 
     Raises:
-        SpecError: rank 1 everywhere is already more.
+        SpecError: rank 1 everywhere is already more, or the rank of every matrix less.
     """
     least = sum(site.num_params_at(1) for site in sites)
     if least > num_params:
@@ -73,8 +79,23 @@ def equal_rank(sites: Sequence[Priced], num_params: int) -> int:
             found=f"{format_count(num_params)} parameters",
             remedy="raise the budget, or name fewer targets",
         )
+    most = sum(site.num_params_at(full_rank(site)) for site in sites)
+    if most < num_params:
+        raise SpecError(
+            "the budget is more than the targets can use",
+            where="budget",
+            expected=f"at most {format_count(most)} parameters: every matrix at its full rank",
+            found=f"{format_count(num_params)} parameters",
+            remedy="lower the budget, or name more targets",
+        )
     each = sum(cost_of(site) for site in sites)
     return 1 + (num_params - least) // each
+
+
+def full_rank(site: Priced) -> int:
+    """The rank that a site's matrix can have at most."""
+    out, *rest = site.shape
+    return min(out, math.prod(rest))
 
 
 def cost_of(site: Priced) -> int:

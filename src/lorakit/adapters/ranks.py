@@ -7,7 +7,6 @@ trained beside. Every site keeps at least rank 1 and gets at most `MOST` times t
 from __future__ import annotations
 
 import heapq
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lorakit.adapters.adapter import Factors
-from lorakit.adapters.budget import cost_of, equal_rank
+from lorakit.adapters.budget import cost_of, equal_rank, full_rank
 from lorakit.adapters.plan import Site
 from lorakit.adapters.spec import LoraSpec
 from lorakit.math.scaling import alpha_for
@@ -25,8 +24,7 @@ MOST = 4
 
 def most_of(site: Site, equal: int) -> int:
     """The largest rank that a site may get: `MOST` times the equal one, and no more than it has."""
-    out, *rest = site.shape
-    return min(MOST * equal, out, math.prod(rest))
+    return min(MOST * equal, full_rank(site))
 
 
 def allocate(sites: Sequence[Site], gains: Mapping[str, Tensor], num_params: int) -> dict[str, int]:

@@ -178,6 +178,17 @@ def test_what_cannot_choose_is_refused():
         choose_ranks(model, spec, [])
 
 
+def test_a_budget_beyond_every_full_rank_is_refused_with_the_largest():
+    model = tiny_models.build("llama")
+    spec = {"r": "auto", "targets": ("q_proj", "k_proj")}
+    # q is 32 x 32, k 16 x 32; there are two layers.
+    most = 2 * (32 * (32 + 32) + 16 * (32 + 16))
+    for ranks in ("uniform", "gradient", "adalora"):
+        with pytest.raises(SpecError, match=f"at most {most:,} parameters"):
+            plan_adapter(model, LoraSpec(budget=most + 1, ranks=ranks, **spec))
+    assert plan_adapter(model, LoraSpec(budget=most // 2, **spec)).num_params() <= most // 2
+
+
 def _learned(tmp_path, architecture="llama", **spec):
     model = tiny_models.build(architecture)
     with warnings.catch_warnings():
