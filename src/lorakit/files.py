@@ -17,20 +17,28 @@ from filelock import FileLock, Timeout
 
 from lorakit.errors import ConfigError, OutputError
 
+_LOCK = ".lock"
 
-def require_free(path: str | Path) -> Path:
+
+def require_free(path: str | Path, *, past_lock: bool = False) -> Path:
     """The path, if it does not exist yet or is an empty directory.
+
+    Args:
+        path: the output.
+        past_lock: the file of `only_writer`, which a killed process leaves, does not count; whether
+            another one holds it, `only_writer` finds out.
 
     Raises:
         OutputError: the path is a file, or a directory with something in it.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
+    found = {entry.name for entry in path.iterdir()} if path.is_dir() else set[str]()
+    if found - ({_LOCK} if past_lock else set()):
         raise OutputError(
             "the output directory is not empty",
             where=str(path),
             expected="a path that does not exist, or an empty directory",
-            found=f"{sum(1 for _ in path.iterdir())} entries",
+            found=f"{len(found)} entries",
             remedy="choose another output, or remove this one yourself",
         )
     if path.exists() and not path.is_dir():
@@ -58,7 +66,7 @@ def only_writer(directory: str | Path) -> Iterator[None]:
     directory = Path(directory)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / ".lock", timeout=0)
+        lock = FileLock(directory / _LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
@@ -72,7 +80,7 @@ def only_writer(directory: str | Path) -> Iterator[None]:
     finally:
         # While it is held: whoever comes now finds no file, and makes one of its own.
         with suppress(OSError):
-            (directory / ".lock").unlink()
+            (directory / _LOCK).unlink()
         lock.release()
 
 

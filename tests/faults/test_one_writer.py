@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import tiny_runs
 from lorakit.errors import OutputError
-from lorakit.files import only_writer
+from lorakit.files import only_writer, require_free
 from lorakit.train.config import TrainConfig
 from lorakit.train.run import train
 
@@ -47,6 +47,18 @@ def test_a_lock_that_a_killed_run_left_locks_nothing(directory: Path) -> None:
     train(_config(directory, "killed"), say=lambda _line: None)
     (directory / "killed" / ".lock").write_text("")
     train(_config(directory, "killed", 3), resume=True, say=lambda _line: None)
+
+
+def test_a_run_killed_right_after_it_took_its_directory_starts_afresh(directory: Path) -> None:
+    (directory / "taken").mkdir()
+    (directory / "taken" / ".lock").write_text("")
+    with pytest.raises(OutputError, match="not empty"):
+        require_free(directory / "taken")
+    with only_writer(directory / "taken"), pytest.raises(OutputError, match="another process"):
+        train(_config(directory, "taken"), say=lambda _line: None)
+    (directory / "taken" / ".lock").write_text("")
+    train(_config(directory, "taken"), say=lambda _line: None)
+    assert (directory / "taken" / "adapter").is_dir()
 
 
 def test_a_clock_that_jumps_changes_nothing(

@@ -71,7 +71,7 @@ def sweep(
     require_engine(engine, workers)
     output = config.output
     if not (output / _CONFIG).is_file():
-        require_free(output)
+        require_free(output, past_lock=True)
     plan = plan_sweep(config)
     for line in plan.lines():
         say(line)

@@ -75,7 +75,7 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
         ConfigError: the config is not the one of the run that is resumed.
     """
     if not resume:
-        require_free(config.output)
+        require_free(config.output, past_lock=True)
         return None
     store = CheckpointStore(Path(config.output) / CHECKPOINTS, keep=config.train.keep_checkpoints)
     checkpoint = store.last()

@@ -217,7 +217,7 @@ class _Run:
             OutputError: it is not free, or another run writes there.
         """
         if self.start is None:
-            require_free(self.config.output)
+            require_free(self.config.output, past_lock=True)
         stack.enter_context(only_writer(self.config.output))
         self.course.open()
 
