@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,30 @@ def test_resume_without_a_checkpoint(whole, tmp_path):
     with pytest.raises(OutputError, match="no checkpoint to resume from"):
         train(config, resume=True)
     assert not directory.exists()
+
+
+def test_resume_of_a_run_killed_before_its_first_checkpoint(whole, tmp_path):
+    directory = tmp_path / "begun"
+    config = tiny_runs.config(whole, output=str(directory))
+    directory.mkdir()
+    (directory / ".lock").write_text("")
+    (directory / "config.yaml").write_text(config.to_yaml())
+    (directory / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    with pytest.raises(ConfigError, match="not the one this run was started with"):
+        train(tiny_runs.config(whole, output=str(directory), lr=1e-5), resume=True)
+    said: list[str] = []
+    torch.set_num_threads(1)
+    train(config, resume=True, say=said.append)
+    assert any("beginning at the first step" in line for line in said)
+    adapter = Path("adapter/adapter_model.safetensors")
+    assert (directory / adapter).read_bytes() == (whole / "whole" / adapter).read_bytes()
+    assert len((directory / "metrics.jsonl").read_text().splitlines()) == len(
+        (whole / "whole" / "metrics.jsonl").read_text().splitlines()
+    )
+    # What is there now is no longer a run that was only begun.
+    shutil.rmtree(directory / "checkpoints")
+    with pytest.raises(OutputError, match="no checkpoint to resume from"):
+        train(config, resume=True)
 
 
 def test_the_best_checkpoint_that_is_gone_is_said(stopped):

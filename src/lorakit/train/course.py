@@ -21,7 +21,7 @@ from lorakit.train.metrics import MetricsLog
 from lorakit.train.moving_ranks import ranks_now
 from lorakit.train.prepare import Preparation
 from lorakit.train.record import passport, run_record
-from lorakit.train.resume import CHECKPOINTS, identity
+from lorakit.train.resume import CHECKPOINTS, CONFIG, identity
 from lorakit.train.steps import cadence_of
 
 ADAPTER, RECORD, METRICS = "adapter", "run.json", "metrics.jsonl"
@@ -94,7 +94,7 @@ class Course:
 
     def open(self) -> None:
         """Write the config, and remove what a kill left behind the checkpoint it starts from."""
-        write_text(self.directory / "config.yaml", self.config.to_yaml())
+        write_text(self.directory / CONFIG, self.config.to_yaml())
         self.store.clean()
         self.metrics.cut_after(0 if self.start is None else self.start.step)
 

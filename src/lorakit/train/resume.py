@@ -43,7 +43,9 @@ MAY_CHANGE = frozenset(
     }
 )
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
+# What a run leaves that was killed before its first checkpoint.
+_BEFORE_A_STEP = frozenset({CHECKPOINTS, CONFIG, "metrics.jsonl", "tensorboard", ".lock"})
 BATCH_SIZE = "train.batch_size"
 
 
@@ -68,7 +70,9 @@ def identity(config: TrainConfig, prepared: Preparation) -> dict[str, Any]:
 
 
 def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from; None for a fresh run into a free directory.
+    """The checkpoint to go on from; None for a run that begins at its first step.
+
+    That is a fresh run into a free directory, or one that is resumed and reached no checkpoint.
 
     Raises:
         OutputError: a fresh run into a directory that is not empty, or nothing to resume from.
@@ -77,8 +81,12 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
     if not resume:
         require_free(config.output, past_lock=True)
         return None
-    store = CheckpointStore(Path(config.output) / CHECKPOINTS, keep=config.train.keep_checkpoints)
+    output = Path(config.output)
+    store = CheckpointStore(output / CHECKPOINTS, keep=config.train.keep_checkpoints)
     checkpoint = store.last()
+    if checkpoint is None and not store.steps() and _only_begun(output):
+        _refuse_changes(TrainConfig.from_yaml(output / CONFIG).to_dict(), config)
+        return None
     if checkpoint is None:
         raise OutputError(
             "there is no checkpoint to resume from",
@@ -87,7 +95,20 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
             found="an empty place" if not store.steps() else "damaged checkpoints only",
             remedy="start the run afresh, without resume, into an empty directory",
         )
-    changed = changed_keys(checkpoint.identity["config"], config.to_dict())
+    _refuse_changes(checkpoint.identity["config"], config)
+    return _with_best(checkpoint, store) if config.train.keep_best else checkpoint
+
+
+def _only_begun(output: Path) -> bool:
+    """Whether a run began here and was killed before its first checkpoint."""
+    if not (output / CONFIG).is_file():
+        return False
+    names = {entry.name for entry in output.iterdir()}
+    return all(name in _BEFORE_A_STEP or name.endswith(".partial") for name in names)
+
+
+def _refuse_changes(before: dict[str, Any], config: TrainConfig) -> None:
+    changed = changed_keys(before, config.to_dict())
     # The rows that all processes take together may not change; see `check_same_run`.
     refused = [key for key in changed if key not in MAY_CHANGE and key != BATCH_SIZE]
     if refused:
@@ -98,7 +119,6 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
             f"{', '.join(sorted(MAY_CHANGE))} may change",
             remedy="resume with that file, or start a new run with another output",
         )
-    return _with_best(checkpoint, store) if config.train.keep_best else checkpoint
 
 
 def _with_best(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:

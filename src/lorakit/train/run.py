@@ -74,7 +74,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = say_on_stderr
 
     Args:
         config: the run.
-        resume: go on from the newest whole checkpoint in the output directory.
+        resume: go on from the newest whole checkpoint in the output directory; from the first
+            step where a kill came before one.
         say: takes each line that tells the user what is planned and done.
 
     Raises:
@@ -108,11 +109,14 @@ def _prepared_run(config: TrainConfig, group: Processes, *, resume: bool, say: S
     prepared = prepare(config, processes=group, sharded=sharding is not None)
     run = _Run(config, prepared, start, say if group.is_first else _silent, group)
     run.sharding = sharding
+    run.resumes = resume
     for line in (*prepared.lines(config), *(asked.notes if asked else ())):
         run.say(line)
     if start is not None:
         check_same_run(start, run.course.identity)
         run.say(f"resuming from step {start.step} of {prepared.max_steps}")
+    elif resume:
+        run.say("no checkpoint was reached before: beginning at the first step")
     return run
 
 
@@ -133,6 +137,7 @@ class _Run:
     ) -> None:
         self.group = group
         self.sharding: Sharding | None = None
+        self.resumes = False
         self._mesh: DeviceMesh | None = None
         self.config = config
         self.prepared = prepared
@@ -216,7 +221,7 @@ class _Run:
         Raises:
             OutputError: it is not free, or another run writes there.
         """
-        if self.start is None:
+        if not self.resumes:
             require_free(self.config.output, past_lock=True)
         stack.enter_context(only_writer(self.config.output))
         self.course.open()
