@@ -67,8 +67,9 @@ def test_classifiers_are_scored_by_their_task_with_intervals(shared, tmp_path):
         assert cell["latency"]["unmerged"]["ratio"] > 0
         assert cell["latency"]["merged"]["ratio"] > 0
     lora = found["methods"][0]
-    searched = {rate["lr"]: rate["eval_loss"] for rate in lora["lr"]["searched"]}
-    assert lora["lr"]["chosen"] == min(searched, key=searched.__getitem__)
+    searched = {r["lr"]: (r["value"], -r["eval_loss"]) for r in lora["lr"]["searched"]}
+    assert lora["lr"]["chosen"] == max(searched, key=searched.__getitem__)
+    assert {rate["by"] for rate in lora["lr"]["searched"]} == {"validation accuracy"}
 
 
 @pytest.mark.slow

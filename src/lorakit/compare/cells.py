@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import ge
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from lorakit.compare.files import DataFiles
 from lorakit.errors import ConfigError
 from lorakit.files import read_back
 from lorakit.train.config import TrainConfig
+from lorakit.train.merit import Merit, merit
 from lorakit.train.schema import changed_keys
 
 Kind = Literal["probe", "search", "final"]
@@ -135,15 +137,20 @@ def chosen_rates(config: CompareConfig, data: DataFiles, records: Records) -> di
     return {arm.name: rate for arm, rate in found if rate is not None}
 
 
-def _by_loss(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The runs that have a finite validation loss, the lowest first."""
-    scored = [record for record in records if _loss(record) is not None]
-    return sorted(scored, key=lambda record: (record["eval_loss"], record["lr"]))
+def _best_first(records: Sequence[Mapping[str, Any]]) -> list[tuple[float, Merit]]:
+    """The rates of runs that were validated, the best first; of equal ones the lower rate."""
+    found = [(record["lr"], _merit(record)) for record in records]
+    judged = [(rate, merit) for rate, merit in found if merit is not None]
+    return sorted(judged, key=lambda run: (run[1], -run[0]), reverse=True)
 
 
-def _loss(record: Mapping[str, Any]) -> float | None:
-    loss = record["eval_loss"]
-    return loss if loss is not None and math.isfinite(loss) else None
+def _merit(record: Mapping[str, Any]) -> Merit | None:
+    return None if record["failed"] else merit(record["final"], record["by"])
+
+
+def _holds(whole: Merit | None, search: Merit | None) -> bool:
+    """Whether a whole run is not worse than its search run in what decides and in its loss."""
+    return whole is not None and (search is None or any(map(ge, whole, search)))
 
 
 class _ArmPlanner:
@@ -174,20 +181,16 @@ class _ArmPlanner:
     def first_seed(self) -> list[Cell]:
         """The first seed's runs: the search's best rate, then the next best while none holds.
 
-        A rate holds if the whole run ends with no higher a validation loss than its shorter search
-        run: a rate may learn fast and then diverge, and the search cannot see that.
+        A rate may learn fast and then diverge, and the shorter search run cannot see that.
         """
         candidates = self._candidates()
         if not candidates:
             return [self._final(None, self.config.seeds[0], first=True)]
         cells: list[Cell] = []
-        for rate, search_loss in candidates:
+        for rate, searched in candidates:
             cells.append(self._final(rate, self.config.seeds[0], first=True))
             record = self.records.get(cells[-1].name)
-            if record is None:
-                break
-            loss = _loss(record)
-            if loss is not None and (search_loss is None or loss <= search_loss):
+            if record is None or _holds(_merit(record), searched):
                 break
         return cells
 
@@ -203,17 +206,17 @@ class _ArmPlanner:
         found = [self.records[cell.name] for cell in cells if cell.name in self.records]
         if len(found) < len(cells):
             return None
-        return next((record["lr"] for record in _by_loss(found)), cells[0].lr)
+        return next((rate for rate, _ in _best_first(found)), cells[0].lr)
 
-    def _candidates(self) -> list[tuple[float, float | None]]:
-        """Rates by the search's validation loss, and that loss; empty while it is not finished."""
+    def _candidates(self) -> Sequence[tuple[float, Merit | None]]:
+        """Rates with what the search found of them, best first; empty while it is not finished."""
         if len(self.arm.rates) == 1:
             return [(self.arm.rates[0], None)]
         cells = self._search()
         found = [self.records[cell.name] for cell in cells if cell.name in self.records]
         if len(found) < len(cells):
             return []
-        return [(record["lr"], record["eval_loss"]) for record in _by_loss(found)]
+        return _best_first(found)
 
     def _final(self, rate: float | None, seed: int, *, first: bool) -> Cell:
         """A run of the whole length; latency is measured on the first seed only."""

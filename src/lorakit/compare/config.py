@@ -56,7 +56,7 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class LrSearch:
-    """The rates each method may choose from, by validation loss; none: no search."""
+    """The rates each method may choose from, by validation; none: no search."""
 
     values: tuple[float, ...] = field(
         default=(), metadata=_help("learning rates for every method that does not list its own")

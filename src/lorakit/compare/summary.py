@@ -13,6 +13,7 @@ from lorakit.compare.config import CompareConfig
 from lorakit.compare.files import DataFiles
 from lorakit.compare.intervals import over_seeds
 from lorakit.environment import hardware, versions
+from lorakit.train.merit import merit_name
 
 Record = Mapping[str, Any]
 
@@ -117,16 +118,23 @@ def _rate(
         edge = {rates[0]: "lowest", rates[-1]: "highest"}.get(chosen)
     return {
         "chosen": chosen,
-        "searched": _losses(mine, "search"),
-        "abandoned": _losses(mine, "abandoned"),
+        "searched": _validated(mine, "search"),
+        "abandoned": _validated(mine, "abandoned"),
         "edge": edge,
         "search_seed": config.lr_search.seed,
     }
 
 
-def _losses(mine: Sequence[Record], kind: str) -> list[dict[str, Any]]:
+def _validated(mine: Sequence[Record], kind: str) -> list[dict[str, Any]]:
+    """Rates with their validation loss, and the name and value of what decides between them."""
     return [
-        {"lr": record["lr"], "eval_loss": record["eval_loss"], "failed": bool(record["failed"])}
+        {
+            "lr": record["lr"],
+            "eval_loss": record["eval_loss"],
+            "by": None if record["failed"] else merit_name(record["by"]),
+            "value": record["final"].get(f"eval_{record['by']}"),
+            "failed": bool(record["failed"]),
+        }
         for record in mine
         if record["kind"] == kind
     ]

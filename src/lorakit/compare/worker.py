@@ -140,6 +140,8 @@ def _run_locked(order: Order, directory: Path, before_s: float) -> dict[str, Any
         "scores": {},
         "latency": None,
         "eval_loss": None,
+        "final": {},
+        "by": None,
         "eval_curve": [],
     }
     try:
@@ -184,6 +186,7 @@ def _of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "eval_loss": run["metrics"]["final"]["eval_loss"],
         "final": run["metrics"]["final"],
+        "by": run["metrics"]["best_by"],
         "trainable_params": run["adapter"]["trainable_params"],
         "trainable_share": run["adapter"]["trainable_share"],
         "checkpoint_bytes": run["adapter"]["bytes"],

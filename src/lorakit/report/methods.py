@@ -16,6 +16,7 @@ from lorakit.formatting import (
 from lorakit.report.schema import MethodCurve, MethodPoint, MethodTable, Report, Tile
 
 _NONE = "–"
+_LOSS = "validation loss"
 # Metrics that are fractions of something, written in percent.
 _NOT_SHARES = ("loss", "perplexity", "nist", "cider")
 
@@ -72,7 +73,7 @@ def _row(method: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
         cells.append(_NONE if score is None else format_estimate(score, share=is_share(name)))
     if metrics:
         first = method["scores"].get(metrics[0])
-        cells.append(_NONE if first is None else _number(first["median"], metrics[0]))
+        cells.append(_NONE if first is None else format_score(first["median"], metrics[0]))
         cells.append(_NONE if first is None else str(first["n"]))
     memory, speed, lr = method["memory"], method["speed"], method["lr"]
     rate = _or_none(lr["chosen"], lambda value: f"{value:g}")
@@ -105,8 +106,7 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
             )
         remarks += [
             f"{method['name']}: lr {run['lr']:g} won the search and did not hold over the whole "
-            f"run (validation loss {_or_none(run['eval_loss'], format_number)}): the next best was "
-            "tried."
+            f"run ({_validated(run)}): the next best was tried."
             for run in lr.get("abandoned", ())
         ]
         if method.get("together"):
@@ -127,6 +127,20 @@ def _remarks(record: Mapping[str, Any]) -> list[str]:
     return remarks
 
 
+def _validated(run: Mapping[str, Any]) -> str:
+    """The validation loss of a run, and the metric that decides where that is another one."""
+    shown = [f"{_LOSS} {_or_none(run['eval_loss'], format_number)}"]
+    by = run.get("by") or _LOSS
+    if by != _LOSS:
+        shown.insert(0, f"{by} {format_score(run['value'], by)}")
+    return ", ".join(shown)
+
+
+def _chosen_by(record: Mapping[str, Any]) -> str:
+    runs = [run for method in record["methods"] for run in method["lr"]["searched"]]
+    return " or ".join(sorted({run.get("by") or _LOSS for run in runs})) or _LOSS
+
+
 def _subtitle(record: Mapping[str, Any]) -> str:
     config = record["config"]
     budget = ", ".join(
@@ -137,7 +151,7 @@ def _subtitle(record: Mapping[str, Any]) -> str:
     seeds = len(config["seeds"])
     return (
         f"{len(record['methods'])} methods, {budget} each, {seeds} seed{'s' * (seeds > 1)}; "
-        "learning rates chosen by validation loss"
+        f"learning rates chosen by {_chosen_by(record)}"
     )
 
 
@@ -156,7 +170,7 @@ def _tiles(record: Mapping[str, Any]) -> list[Tile]:
         tiles.append(
             {
                 "label": f"best mean {_words(metric['name'])}",
-                "value": _number(value, metric["name"]),
+                "value": format_score(value, metric["name"]),
                 "note": best["name"],
             }
         )
@@ -194,7 +208,8 @@ def is_share(metric: str) -> bool:
     return not any(word in metric for word in _NOT_SHARES)
 
 
-def _number(value: float, metric: str) -> str:
+def format_score(value: float, metric: str) -> str:
+    """A score as its metric is written: in percent, or as a number."""
     return format_share(value) if is_share(metric) else format_number(float(value))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorakit.formatting import format_bytes, format_count, format_duration, format_number
+from lorakit.formatting import format_bytes, format_count, format_duration
+from lorakit.report.methods import format_score
 from lorakit.report.schema import MethodTable, Report
 
 _NONE = "–"
+_LOSS = "validation loss"
 _MAX_CURVES = 20
 
 
@@ -39,21 +41,24 @@ def sweep_report(record: Mapping[str, Any]) -> Report:
         "command": str(record["command"]),
     }
     if best is not None:
-        loss = format_number(float(best["eval_loss"]))
         tiles = report.get("tiles", [])
-        tiles.insert(0, {"label": "best validation loss", "value": loss, "note": best["name"]})
+        value = _value_of(best, best["by"])
+        tiles.insert(0, {"label": f"best {best['by']}", "value": value, "note": best["name"]})
     return report
 
 
 def sweep_table(record: Mapping[str, Any]) -> MethodTable:
     """One row per arm, formatted for a terminal or a page."""
-    columns = ["arm", "settings", "trained", "validation loss", "at step", "stopped at", "time"]
-    notes = ["Validation loss: of the adapter that was kept. Time: the arm's share of each batch."]
+    judged = dict.fromkeys([_LOSS, *(arm["by"] for arm in record["arms"])])
+    columns = ["arm", "settings", "trained", *judged, "at step", "stopped at", "time"]
+    notes = ["Validation: of the adapter that was kept. Time: the arm's share of each batch."]
     notes += [f"{arm['name']} failed: {arm['failed']}." for arm in record["arms"] if arm["failed"]]
     hidden = len(record["arms"]) - _MAX_CURVES
     if hidden > 0:
         notes.append(f"The curves of the {hidden} last arms are not drawn.")
-    rows = [_row(arm, is_best=arm["name"] == record["best"]) for arm in record["arms"]]
+    rows = [
+        _row(arm, list(judged), is_best=arm["name"] == record["best"]) for arm in record["arms"]
+    ]
     return {
         "columns": columns,
         "rows": rows,
@@ -63,22 +68,29 @@ def sweep_table(record: Mapping[str, Any]) -> MethodTable:
     }
 
 
-def _row(arm: Mapping[str, Any], *, is_best: bool) -> list[str]:
+def _row(arm: Mapping[str, Any], judged: Sequence[str], *, is_best: bool) -> list[str]:
     stopped = f"{arm['steps']} (end)"
     if arm["dropped_at"] is not None:
         stopped = f"{arm['dropped_at']} (halving)"
     elif arm["failed"]:
         stopped = f"{arm['steps']} (failed)"
-    loss = arm["eval_loss"]
     return [
         f"{arm['name']}{' (best)' if is_best else ''}",
         ", ".join(f"{key}={_value(value)}" for key, value in arm["settings"].items()) or _NONE,
         format_count(arm["trainable_params"]),
-        _NONE if loss is None else format_number(float(loss)),
+        *(_value_of(arm, by) for by in judged),
         _NONE if arm["best_step"] is None else str(arm["best_step"]),
         stopped,
         format_duration(arm["busy_s"]),
     ]
+
+
+def _value_of(arm: Mapping[str, Any], by: str) -> str:
+    """The validation loss of an arm, or the metric that decides how good it is."""
+    value = arm["eval_loss"] if by == _LOSS else arm["value"]
+    if value is None or by not in (_LOSS, arm["by"]):
+        return _NONE
+    return format_score(float(value), by)
 
 
 def _value(value: Any) -> str:

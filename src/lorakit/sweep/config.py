@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lorakit.errors import ConfigError
 from lorakit.train import schema
@@ -83,9 +83,6 @@ class Halving:
         default=None, metadata=_help("optimizer steps between two decisions; null: no halving")
     )
     keep: float = field(default=0.5, metadata=_help("share of the arms that go on, 0 to 1"))
-    by: Literal["validation loss"] = field(
-        default="validation loss", metadata=_help("what decides")
-    )
 
     def __post_init__(self) -> None:
         _require(self.every is None or self.every > 0, "every", "> 0 or null", self.every)

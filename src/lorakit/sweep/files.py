@@ -11,6 +11,7 @@ from lorakit.files import read_back, write_json
 from lorakit.sweep.arms import Arm
 from lorakit.train.checkpoints import Checkpoint, CheckpointStore
 from lorakit.train.course import METRICS, RECORD
+from lorakit.train.merit import Merit, merit
 from lorakit.train.metrics import Line, MetricsLog
 from lorakit.train.resume import CHECKPOINTS, find_start
 from lorakit.train.schema import changed_keys
@@ -78,10 +79,10 @@ class ArmFiles:
         """Training and validation lines so far."""
         return MetricsLog(self.directory / METRICS).read()
 
-    def loss_at(self, step: int) -> float | None:
-        """The validation loss after a step; None where the arm did not come so far."""
-        found = (n["eval_loss"] for n in self.lines() if n["step"] == step and "eval_loss" in n)
-        return next(found, None)
+    def merit_at(self, step: int, by: str) -> Merit | None:
+        """How good the arm is after a step; None where it did not come so far."""
+        found = (n for n in self.lines() if n["step"] == step and "eval_loss" in n)
+        return merit(next(found, {}), by)
 
     def remove_checkpoints(self) -> None:
         """Free the disk of a finished arm: adapter and record are written."""

@@ -18,6 +18,8 @@ from lorakit.planner.step import BatchShape
 from lorakit.sweep.arms import Arm, make_arms
 from lorakit.sweep.config import SweepConfig
 from lorakit.sweep.rungs import num_kept, rungs
+from lorakit.train.merit import merit_name
+from lorakit.train.objectives.registry import best_metric
 from lorakit.train.prepare import Preparation, estimate_batch, prepare
 
 # Unless `together` says otherwise: beyond it a batch is large enough to keep a machine busy.
@@ -45,8 +47,13 @@ class ArmsPlan:
 
     @property
     def comparable(self) -> bool:
-        """Whether all arms are validated on the same rows."""
-        return len({_validation(p) for p in self.prepared.values()}) == 1
+        """Whether all arms are validated on the same rows, by the same number."""
+        rows = {_validation(prepared) for prepared in self.prepared.values()}
+        return len(rows) == 1 and len({self.best_by(arm) for arm in self.arms}) == 1
+
+    def best_by(self, arm: Arm) -> str:
+        """What decides how good the arm is: "loss", or a metric of its task."""
+        return best_metric(arm.config, self.prepared[arm.name].objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +93,13 @@ class SweepPlan(ArmsPlan):
         if self.rungs:
             halving = self.config.sweep.halving
             at = ", ".join(f"{step:,}" for step in self.rungs)
-            found.append(
-                f"halving: after {at} steps the best {halving.keep:.0%} go on, by {halving.by}"
-            )
+            by = merit_name(self.best_by(self.arms[0]))
+            found.append(f"halving: after {at} steps the best {halving.keep:.0%} go on, by {by}")
         if not self.comparable:
-            found.append("note: arms are validated on different rows, so that none is called best")
+            found.append(
+                "note: arms are validated on different rows, or by different metrics, so that none "
+                "is called best"
+            )
         return [*found, *(f"note: {note}" for note in first.notes())]
 
     def to_json(self) -> dict[str, Any]:
@@ -121,12 +130,12 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         MemoryPlanError: the arms that are asked for together do not fit.
     """
     found = plan_arms(make_arms(config), together=config.sweep.together)
-    runs = list(found.prepared.values())
-    _check_halving(config, runs)
+    _check_halving(config, found)
+    max_steps = found.prepared[found.arms[0].name].max_steps
     return SweepPlan(
         **vars(found),
         config=config,
-        rungs=rungs(config.sweep.halving, len(runs), runs[0].max_steps),
+        rungs=rungs(config.sweep.halving, len(found.arms), max_steps),
     )
 
 
@@ -234,23 +243,29 @@ def _check_shared(arms: Sequence[Arm], runs: Sequence[Preparation]) -> None:
         )
 
 
-def _check_halving(config: SweepConfig, runs: Sequence[Preparation]) -> None:
+def _check_halving(config: SweepConfig, plan: ArmsPlan) -> None:
     every = config.sweep.halving.every
     if every is None:
         return
-    if len({run.max_steps for run in runs}) > 1 or len({_validation(run) for run in runs}) > 1:
+    lengths = sorted({prepared.max_steps for prepared in plan.prepared.values()})
+    if len(lengths) > 1 or not plan.comparable:
         raise ConfigError(
-            "halving compares arms of one length on the same validation rows",
+            "halving compares arms of one length on the same validation rows by one metric",
             where="sweep.halving",
-            expected="one data.validation, and one number of steps (train.max_steps)",
-            found=", ".join(sorted({f"{run.max_steps} steps" for run in runs})),
+            expected="one data.validation, train.best_metric and train.max_steps",
+            found=", ".join(
+                [
+                    f"{' or '.join(map(str, lengths))} steps",
+                    *sorted({merit_name(plan.best_by(arm)) for arm in plan.arms}),
+                ]
+            ),
             remedy="leave halving out, or set them once for all arms",
         )
-    if every >= runs[0].max_steps:
+    if every >= lengths[0]:
         raise ConfigError(
             "no arm would be stopped: all have ended by the first decision",
             where="sweep.halving.every",
-            expected=f"fewer than the {runs[0].max_steps} steps of an arm",
+            expected=f"fewer than the {lengths[0]} steps of an arm",
             found=str(every),
             remedy="lower it, or leave halving out",
         )

@@ -22,6 +22,7 @@ from lorakit.sweep.summary import Ended, document
 from lorakit.sweep.work import ArmTrainer, Engine
 from lorakit.sweep.write import write_results
 from lorakit.train.interrupt import Interrupt
+from lorakit.train.merit import Merit
 from lorakit.train.record import WarningLog
 from lorakit.train.run import Say, say_on_stderr
 
@@ -156,20 +157,22 @@ class _Sweep:
                     break
                 self._train(alive, rung, bar, interrupt)
                 names = [arm.name for arm in alive]
-                losses = {name: self._loss_at(name, rung) for name in names}
-                kept = survivors(names, losses, self.plan.config.sweep.halving)
+                merits = {arm.name: self._merit_at(arm, rung) for arm in alive}
+                kept = survivors(names, merits, self.plan.config.sweep.halving)
                 dropped = [arm for arm in alive if arm.name not in kept]
                 alive = [arm for arm in alive if arm.name in kept]
-                self._end([arm for arm in dropped if losses[arm.name] is not None], rung)
+                self._end([arm for arm in dropped if merits[arm.name] is not None], rung)
                 self._note_failed(dropped)
                 self.say(f"step {rung}: {', '.join(kept) or 'no arm'} of {len(names)} go on")
             self._train(alive, None, bar, interrupt)
             self._end(alive, None)
             self._note_failed(alive)
 
-    def _loss_at(self, name: str, rung: int) -> float | None:
-        files = self.files[name]
-        return None if files.failure() is not None else files.loss_at(rung)
+    def _merit_at(self, arm: Arm, rung: int) -> Merit | None:
+        files = self.files[arm.name]
+        if files.failure() is not None:
+            return None
+        return files.merit_at(rung, self.plan.best_by(arm))
 
     def _note_failed(self, arms: Sequence[Arm]) -> None:
         for arm in arms:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lorakit.sweep.config import Halving
+from lorakit.train.merit import Merit
 
 
 def rungs(halving: Halving, num_arms: int, max_steps: int) -> tuple[int, ...]:
@@ -27,19 +28,19 @@ def num_kept(halving: Halving, num_arms: int) -> int:
 
 
 def survivors(
-    names: Sequence[str], losses: Mapping[str, float | None], halving: Halving
+    names: Sequence[str], merits: Mapping[str, Merit | None], halving: Halving
 ) -> list[str]:
     """The names that go on, in their old order.
 
     Args:
         names: the arms that were trained up to this rung.
-        losses: their validation losses there; None for an arm that failed: it never goes on.
+        merits: how good they are there; None for an arm that failed: it never goes on.
         halving: how many go on.
     """
-    scored = [(loss, name) for name in names if (loss := losses[name]) is not None]
+    scored = [(found, name) for name in names if (found := merits[name]) is not None]
     if len(scored) < 2:
         return [name for _, name in scored]
     # An arm that failed has made room already.
     kept = min(num_kept(halving, len(names)), len(scored))
-    chosen = {name for _, name in sorted(scored)[:kept]}
+    chosen = {name for _, name in sorted(scored, key=lambda arm: arm[0], reverse=True)[:kept]}
     return [name for name in names if name in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from typing import Any
 from lorakit.environment import command_line, hardware, peak_memory_bytes, versions
 from lorakit.sweep.arms import Arm
 from lorakit.sweep.plan import SweepPlan
+from lorakit.train.merit import Merit, merit, merit_name
 from lorakit.train.metrics import Line
+
+_WORST = (-math.inf, -math.inf)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +46,13 @@ def document(
         seconds: wall time of this call.
         engine: where its arms were trained.
     """
-    arms = [_arm(plan, arm, ended[arm.name]) for arm in plan.arms]
-    arms.sort(key=_rank)
+    arms = [_arm(plan, arm, ended[arm.name]) for arm in _in_order(plan, ended)]
     return {
         "kind": "sweep",
         "title": plan.config.output.name,
         "command": command_line(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "best": _best(plan, arms),
+        "best": _best(plan, ended),
         "together": plan.together,
         "engine": engine,
         "rungs": list(plan.rungs),
@@ -67,10 +70,13 @@ def _arm(plan: SweepPlan, arm: Arm, ended: Ended) -> dict[str, Any]:
     trained = [line for line in lines if "loss" in line]
     final = {} if ended.record is None else ended.record["metrics"]["final"]
     steps = trained[-1]["step"] if trained else 0
+    by = plan.best_by(arm)
     return {
         "name": arm.name,
         "settings": dict(arm.settings),
         "eval_loss": final.get("eval_loss"),
+        "by": merit_name(by),
+        "value": final.get(f"eval_{by}"),
         "best_step": final.get("step"),
         "steps": steps,
         "dropped_at": ended.dropped_at,
@@ -83,14 +89,25 @@ def _arm(plan: SweepPlan, arm: Arm, ended: Ended) -> dict[str, Any]:
     }
 
 
-def _rank(arm: Mapping[str, Any]) -> tuple[bool, int, float]:
-    """Those that came furthest first, then by validation loss; failed ones last."""
-    loss = arm["eval_loss"]
-    lasted = -(arm["dropped_at"] or sys.maxsize)
-    return arm["failed"] is not None, lasted, sys.float_info.max if loss is None else loss
+def _in_order(plan: SweepPlan, ended: Mapping[str, Ended]) -> list[Arm]:
+    """Those that came furthest first, then the better ones; failed ones last."""
+
+    def rank(arm: Arm) -> tuple[bool, int, Merit]:
+        end = ended[arm.name]
+        lasted = end.dropped_at or sys.maxsize
+        return end.failed is None, lasted, _merit(plan, arm, end) or _WORST
+
+    return sorted(plan.arms, key=rank, reverse=True)
 
 
-def _best(plan: SweepPlan, arms: list[dict[str, Any]]) -> str | None:
-    """The lowest validation loss of those that halving kept; None where losses do not compare."""
-    first = arms[0]
-    return first["name"] if plan.comparable and first["eval_loss"] is not None else None
+def _merit(plan: SweepPlan, arm: Arm, end: Ended) -> Merit | None:
+    if end.record is None:
+        return None
+    return merit(end.record["metrics"]["final"], plan.best_by(arm))
+
+
+def _best(plan: SweepPlan, ended: Mapping[str, Ended]) -> str | None:
+    """The best of those that halving kept; None where arms do not compare."""
+    first = _in_order(plan, ended)[0]
+    judged = _merit(plan, first, ended[first.name]) is not None
+    return first.name if plan.comparable and judged else None

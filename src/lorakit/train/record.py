@@ -18,6 +18,7 @@ from lorakit.train.beginning import hashes
 from lorakit.train.checkpoints import RunState
 from lorakit.train.config import TrainConfig
 from lorakit.train.metrics import Line
+from lorakit.train.objectives.registry import best_metric
 from lorakit.train.prepare import Preparation
 
 # The time of a run is predicted from so many of its first steps, where it has enough of them.
@@ -126,7 +127,7 @@ def run_record(
         },
         "adapter": _adapter_facts(config, report),
         "data": prepared.data.to_json(),
-        **_course(prepared, state, lines, facts["final"]),
+        **_course(config, prepared, state, lines, facts["final"]),
         **prepared.objective.facts(),
         "timing": facts["timing"],
         "memory": {
@@ -205,7 +206,11 @@ def _adapter_facts(config: TrainConfig, report: TrainableReport) -> dict[str, An
 
 
 def _course(
-    prepared: Preparation, state: RunState, lines: list[Line], final: Any
+    config: TrainConfig,
+    prepared: Preparation,
+    state: RunState,
+    lines: list[Line],
+    final: Any,
 ) -> dict[str, Any]:
     """How far the run came, how well and how fast."""
     train_lines = [line for line in lines if "loss" in line]
@@ -223,6 +228,7 @@ def _course(
             "final": final,
             "first_loss": train_lines[0]["loss"] if train_lines else None,
             "last_loss": train_lines[-1]["loss"] if train_lines else None,
+            "best_by": best_metric(config, prepared.objective),
             "best_step": state.best_step,
             "best_eval_loss": state.best_loss,
             "best_score": state.best_score,

@@ -49,7 +49,13 @@ def names(cells):
 
 
 def finished(lr: float, eval_loss: float | None, **more):
-    return {"lr": lr, "eval_loss": eval_loss, "failed": None, "seconds": 2.0, **more}
+    final = {"eval_loss": eval_loss}
+    return {"lr": lr, "final": final, "by": "loss", "failed": None, "seconds": 2.0, **more}
+
+
+def classified(lr: float, matthews: float, eval_loss: float):
+    final = {"eval_matthews": matthews, "eval_loss": eval_loss}
+    return finished(lr, eval_loss, by="matthews", final=final)
 
 
 def test_searches_come_first_and_seeds_go_round_the_methods():
@@ -101,6 +107,24 @@ def test_a_rate_that_does_not_hold_over_the_whole_length_gives_way_to_the_next(l
     none = {**records, "a/lr-0.01-seed-4": finished(1e-2, None)}
     none["a/lr-0.001-seed-4"] = finished(1e-3, None)
     assert chosen_rates(config(), DATA, none)["A"] == 1e-2
+
+
+def test_the_metric_that_chooses_checkpoints_chooses_the_rate_too():
+    records = {"a/lr-0.001": classified(1e-3, 0.1, 0.5), "a/lr-0.01": classified(1e-2, 0.3, 0.7)}
+    assert "a/lr-0.01-seed-4" in names(plan_cells(config(), DATA, records))
+    # Longer training raises the loss of a classifier that is right more often: the rate holds.
+    records["a/lr-0.01-seed-4"] = classified(1e-2, 0.4, 1.1)
+    assert chosen_rates(config(), DATA, records)["A"] == 1e-2
+    # Worse in both: it does not.
+    records["a/lr-0.01-seed-4"] = classified(1e-2, 0.2, 1.1)
+    assert "a/lr-0.001-seed-4" in names(plan_cells(config(), DATA, records))
+    records["a/lr-0.001-seed-4"] = classified(1e-3, 0.25, 1.3)
+    assert chosen_rates(config(), DATA, records)["A"] == 1e-3
+
+
+def test_equal_metrics_are_told_apart_by_the_loss():
+    records = {"a/lr-0.001": classified(1e-3, 0.3, 0.5), "a/lr-0.01": classified(1e-2, 0.3, 0.7)}
+    assert "a/lr-0.001-seed-4" in names(plan_cells(config(), DATA, records))
 
 
 def test_a_rate_that_failed_or_overflowed_never_wins():
