@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="where the base is: cpu, cuda, ...")
     _add_choices(parser)
-    parser.add_argument(
-        "--top", type=count, default=12, metavar="N", help="sites shown (default: 12)"
-    )
+    parser.add_argument("--top", type=count, default=12, metavar="N", help="sites shown")
     parser.add_argument(
         "-o",
         "--output",
@@ -89,7 +87,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="directions the amplification takes (default: each site's rank)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random controls (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random controls")
 
 
 def run(args: argparse.Namespace) -> int:

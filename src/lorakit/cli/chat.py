@@ -56,11 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--system",
+        metavar="TEXT",
         help="a system turn at the beginning; by default as the adapter was trained; '' for none",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)"
+        "--max-new-tokens", type=int, default=256, metavar="N", help="the longest answer, in tokens"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 (the default): always the likeliest token; higher: more random",
     )
 
 

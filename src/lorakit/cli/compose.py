@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.adapters.composition.recipe import WAYS, Recipe
 from lorakit.cli import console
 from lorakit.cli.eval import p_text
+from lorakit.cli.parser import add_list_below
 from lorakit.cli.settings import add_row_arguments, named_columns, trained_settings
 from lorakit.composing.measure import PartTask
 from lorakit.composing.run import ComposeRequest, Tuning, compose_to_disk, read_parts
@@ -34,15 +35,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "without one it is 1, or equal shares where --tune chooses",
     )
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="where to; must not exist yet"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where to; must not exist yet, or be empty",
     )
-    ways = "; ".join(f"{name}: {way.about}" for name, way in WAYS.items())
-    parser.add_argument("--how", default="cat", metavar="WAY", help=f"{ways} (default: cat)")
-    parser.add_argument("-r", type=int, metavar="R", help="the rank of the result")
     parser.add_argument(
-        "--density", type=float, help="share of the numbers that is kept, where a way thins out"
+        "--how", default="cat", metavar="WAY", help="how; the ways are listed below"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of dare and dare_ties (default: 0)")
+    add_list_below(parser, "ways", {name: way.about for name, way in WAYS.items()})
+    parser.add_argument("-r", type=int, metavar="N", help="the rank of the result")
+    parser.add_argument(
+        "--density",
+        type=float,
+        metavar="SHARE",
+        help="share of the numbers that is kept, 0 to 1, where a way thins out (default: 0.5)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of dare and dare_ties")
     parser.add_argument(
         "--base",
         "--model",
@@ -62,7 +72,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--tune", metavar="DATA", help="choose the weights on these validation rows"
     )
     parser.add_argument(
-        "--max-trials", type=int, default=24, metavar="N", help="of --tune (default: 24)"
+        "--max-trials", type=int, default=24, metavar="N", help="of --tune: compositions tried"
     )
     parser.add_argument(
         "--measure",
@@ -75,14 +85,31 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         default="perplexity",
         metavar="A,B,...",
-        help=f"of --measure: {', '.join(METRICS)} (default: perplexity)",
+        help=f"of --measure: {', '.join(METRICS)}",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="of --measure: the longest answer, in tokens",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="rows in one forward pass"
+    )
     add_row_arguments(parser)
-    parser.add_argument("--template", choices=["auto", "chat", "none"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16", "auto"])
+    parser.add_argument(
+        "--template",
+        choices=["auto", "chat", "none"],
+        help="chat: the chat template; none: prompt and completion as they are; by default as the "
+        "adapter was trained, else auto",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "auto"],
+        help="load the base as this; by default float32 on a CPU, bfloat16 on CUDA",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")
 
 

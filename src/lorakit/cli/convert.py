@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from lorakit.cli import console
+from lorakit.cli.parser import add_list_below
 from lorakit.converting import ConvertOptions, convert
-from lorakit.formats.registry import FOREIGN, FORMATS
+from lorakit.formats.registry import EXPERT_LAYOUTS, FOREIGN, PEFT
 from lorakit.formatting import format_count, format_number
 
 SUMMARY = "convert an adapter from or to another tool's format"
@@ -17,16 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lorakit convert`."""
     parser.add_argument("source", help="an adapter's directory or file, of any format")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="where to; must not exist yet"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where to; must not exist yet, or be empty",
     )
-    abouts = "; ".join(f"{name}: {found.about}" for name, found in FOREIGN.items())
     parser.add_argument(
         "--to",
-        default="peft",
+        default=PEFT,
         metavar="FORMAT",
-        help=f"{', '.join(FORMATS)} (default: peft). {abouts}; peft-0.18 and peft-0.19: PEFT's "
-        "layouts of stacked expert weights",
+        help="what to write; the formats are listed below",
     )
+    abouts = {name: found.about for name, found in FOREIGN.items()}
+    abouts |= dict.fromkeys(EXPERT_LAYOUTS, "PEFT's directory, expert weights stacked as it does")
+    add_list_below(parser, "formats", {PEFT: "PEFT's directory, which lorakit writes", **abouts})
     parser.add_argument(
         "--from", dest="source_format", metavar="FORMAT", help="by default as the path looks"
     )
@@ -38,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the base, by default the one that the source names; only its configuration is read",
     )
     parser.add_argument(
-        "--alpha", type=float, help="of a loralib file, read or written, which does not hold it"
+        "--alpha",
+        type=float,
+        metavar="X",
+        help="of a loralib file, read or written, which does not hold it",
     )
     parser.add_argument(
         "--parts",
@@ -47,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prefix",
+        metavar="TEXT",
         help="before every name in kohya's format (default: lora_te; read: any lora_te, lora_te1, "
         "...); what begins otherwise is not read",
     )

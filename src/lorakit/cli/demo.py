@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to learn: {', '.join(TASKS)} (default: %(default)s)",
     )
     parser.add_argument(
+        "-o",
         "--output",
         metavar="DIR",
         help="where to; an earlier demo there is replaced (default: runs/demo, runs/demo-reviews)",
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="time of the whole demo: as much is learned as fits into it (default: %(default)g)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data and training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and training")
 
 
 def run(args: argparse.Namespace) -> int:

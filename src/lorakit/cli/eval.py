@@ -55,10 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"default: {_MAX_NEW_TOKENS}"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"the longest answer, in tokens (default: {_MAX_NEW_TOKENS})",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="rows in one forward pass"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap")
+    _add_outputs(parser)
+    add_forgetting_arguments(parser)
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="also write scores and all answers as JSON"
     )
@@ -73,7 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a classifier that PEFT saved: the names of its outputs in their order, where the "
         "base does not name them",
     )
-    add_forgetting_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

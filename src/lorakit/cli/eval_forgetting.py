@@ -42,7 +42,7 @@ def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=512,
         metavar="N",
-        help="the longest held-out row, in tokens (default: 512)",
+        help="the longest held-out row, in tokens",
     )
 
 

@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for", dest="engine", required=True, choices=ENGINES, help="who is to load it"
     )
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="where to; must not exist yet"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where to; must not exist yet, or be empty",
     )
     parser.add_argument(
         "--base",
@@ -29,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the base as that engine finds it: a hub id or a directory; by default the one that "
         "the adapter names",
     )
-    parser.add_argument("--name", help="the adapter's name in requests; by default the output's")
+    parser.add_argument(
+        "--name", metavar="NAME", help="the adapter's name in requests; by default the output's"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="REF", help="the model before")
     parser.add_argument("--tuned", required=True, metavar="REF", help="the model after training")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="where to; must not exist yet"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where to; must not exist yet, or be empty",
     )
-    parser.add_argument("-r", type=int, default=16, metavar="R", help="the rank (default: 16)")
+    parser.add_argument("-r", type=int, default=16, metavar="N", help="the rank")
     parser.add_argument(
         "--targets",
         action="append",
@@ -41,8 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bias",
         choices=["none", "lora_only", "all"],
         default="none",
-        help="biases that the adapter holds whole: none, those of the targets, or all of the model "
-        "(default: none)",
+        help="biases that the adapter holds whole: none, those of the targets, or all of the model",
     )
 
 

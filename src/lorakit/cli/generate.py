@@ -26,11 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="the prompt, one user turn")
     add_model_arguments(parser)
     parser.add_argument("--file", metavar="DATA", help="answer every row of a data file instead")
-    parser.add_argument("--limit", type=int, help="only the first rows of the file")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the file")
     add_row_arguments(parser)
     parser.add_argument("--plain", action="store_true", help="no chat template: continue the text")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="the longest answer, in tokens"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="prompts answered together"
+    )
     parser.add_argument(
         "--compare", action="store_true", help="let the base answer too, beside the adapter"
     )

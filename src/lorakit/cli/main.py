@@ -13,42 +13,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NoReturn, Protocol, TextIO, cast
+from typing import Protocol, TextIO, cast
 
 from lorakit.cli import console
+from lorakit.cli.parser import make_parser
+from lorakit.cli.verbs import EXAMPLES, GROUPS, VERBS
 from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
 from lorakit.launcher import FailedElsewhereError, failed_elsewhere, leave, num_launched, speaks
 from lorakit.pages import use_huge_pages
-
-# Only the chosen verb's module is imported: the help must not wait for torch.
-VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("lorakit.cli.demo", "teach a small real model a task and prove it, in minutes"),
-    "doctor": ("lorakit.cli.doctor", "show what a config would train on, before it trains"),
-    "plan": ("lorakit.cli.plan", "count parameters, memory and time of a run, nothing loaded"),
-    "train": ("lorakit.cli.train", "train an adapter from a YAML config"),
-    "eval": ("lorakit.cli.eval", "compare the base and an adapter on a data file"),
-    "generate": ("lorakit.cli.generate", "answer one prompt, or a file of prompts"),
-    "chat": ("lorakit.cli.chat", "talk with a model, with or without its adapter"),
-    "compare": ("lorakit.cli.compare", "compare methods on one task under one budget"),
-    "sweep": (
-        "lorakit.cli.sweep",
-        "train many adapters over one base in one batch, and keep the best",
-    ),
-    "compose": ("lorakit.cli.compose", "compose several adapters into one"),
-    "convert": (
-        "lorakit.cli.convert",
-        "convert an adapter from or to another tool's format",
-    ),
-    "extract": ("lorakit.cli.extract", "make an adapter of a fine-tuned model"),
-    "export": ("lorakit.cli.export", "write an adapter for another engine, print its command"),
-    "serve": ("lorakit.cli.serve", "serve many adapters over one base, behind OpenAI's interface"),
-    "merge": ("lorakit.cli.merge", "fold an adapter into its base, with a certificate"),
-    "analyze": ("lorakit.cli.analyze", "see what an adapter has learned, or two have in common"),
-    "prune": ("lorakit.cli.prune", "cut an adapter's ranks down, and measure what that costs"),
-    "inspect": ("lorakit.cli.inspect", "look inside an adapter's files"),
-    "paper": ("lorakit.cli.paper", "run the LoRA paper's experiments, its numbers beside ours"),
-    "report": ("lorakit.cli.report", "write one HTML file from what a run left"),
-}
 
 INTERRUPTED = 130
 # Verbs that a launcher may start in several processes.
@@ -69,18 +41,6 @@ class Verb(Protocol):
     def run(self, args: argparse.Namespace) -> int:
         """Do the work and print the result; returns the exit code."""
         ...
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as a RequestError, like every other wrong request."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(
-            message,
-            where="the command line",
-            expected=" ".join(self.format_usage().removeprefix("usage: ").split()),
-            remedy=f"see: {self.prog} --help",
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,8 +124,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         RequestError: there is no such verb.
     """
     module = _module_of(verb)
-    _, summary = VERBS[verb]
-    parser = _Parser(prog=f"lorakit {verb}", description=f"{summary[0].upper()}{summary[1:]}.")
+    parser = make_parser(verb, VERBS[verb][1], EXAMPLES.get(verb, ()))
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     return parser
@@ -218,15 +177,22 @@ def _failed(error: LorakitError, as_json: bool) -> int:
 
 def _overview() -> str:
     width = max(map(len, VERBS))
+    groups = [
+        line
+        for title, verbs in GROUPS.items()
+        for line in ("", title, *(f"  {verb:<{width}}  {VERBS[verb][1]}" for verb in verbs))
+    ]
     lines = [
         "usage: lorakit VERB [ARGUMENTS] [--json]",
         "",
-        "Train a small adapter on a frozen language model, prove what it does, and fold it in.",
+        "LoRA adapters for language models: train, measure, merge, combine, serve.",
+        *groups,
         "",
-        *(f"  {name:<{width}}  {summary}" for name, (_, summary) in VERBS.items()),
+        "  lorakit VERB --help   arguments and examples of a verb",
+        "  lorakit --version     the version",
         "",
-        "  lorakit help VERB   the arguments of a verb",
-        "  lorakit --version   the version",
+        "For a first try: lorakit demo. With --json the result is JSON on stdout.",
+        "Exit codes: 0 done, 1 work failed, 2 wrong request, 130 interrupted.",
     ]
     return "\n".join(lines)
 

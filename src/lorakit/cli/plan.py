@@ -79,7 +79,9 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", metavar="SIZE", help="of r auto: parameters (400k) or bytes ('1.5 MB')"
     )
-    parser.add_argument("--alpha", type=float, default=default.alpha, help="default: %(default)s")
+    parser.add_argument(
+        "--alpha", type=float, default=default.alpha, metavar="X", help="the scaling is alpha/r"
+    )
     parser.add_argument(
         "--targets",
         action="append",
@@ -87,6 +89,28 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         help="qv, attention, mlp, all-linear, or names, suffixes and parts (default: qv); may "
         "be repeated",
     )
+    _add_patterns(parser)
+    parser.add_argument(
+        "--scaling",
+        choices=["alpha/r", "alpha/sqrt(r)"],
+        default=default.scaling,
+        help="alpha/sqrt(r) is rsLoRA",
+    )
+    parser.add_argument(
+        "--init",
+        choices=["gaussian", "kaiming"],
+        default=default.init,
+        help="where A starts; B starts at 0",
+    )
+    parser.add_argument(
+        "--bias",
+        choices=["none", "lora_only", "all"],
+        default=default.bias,
+        help="biases trained beside: none, those of the targets, or all",
+    )
+
+
+def _add_patterns(parser: argparse.ArgumentParser) -> None:
     for name in ("rank", "alpha"):
         parser.add_argument(
             f"--{name}-pattern",
@@ -102,9 +126,6 @@ def _add_lora(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE",
         help="a module that is trained as a whole beside; may be repeated",
     )
-    parser.add_argument("--scaling", choices=["alpha/r", "alpha/sqrt(r)"], default=default.scaling)
-    parser.add_argument("--init", choices=["gaussian", "kaiming"], default=default.init)
-    parser.add_argument("--bias", choices=["none", "lora_only", "all"], default=default.bias)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -124,13 +145,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, help=text, **kind)  # pyright: ignore[reportArgumentType]
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the base")
     parser.add_argument("--quantize", choices=["nf4"], help="keep linear layers in 4 bits")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="arithmetic of the forward pass; auto: bf16 where the device has it",
+    )
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute activations"
     )
     parser.add_argument("--shard", action="store_true", help="the processes split the base (FSDP2)")
     parser.add_argument("--attention", metavar="NAME", help="the attention kernel")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: this machine's")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where it would run (default: this machine's)"
+    )
     parser.add_argument(
         "--calibrate",
         action="store_true",

@@ -34,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `lorakit prune`."""
     parser.add_argument("adapter", help="an adapter's directory")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="where to; must not exist yet"
+        "-o",
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="where to; must not exist yet, or be empty",
     )
     parser.add_argument(
         "--budget",
@@ -64,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--any-base", action="store_true", help="even if it was trained on another base"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="rows in one forward pass"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
     _add_network_arguments(parser)
     for flag, (default, meaning) in _LIMITS.items():
-        text = f"{meaning}; default {default}"
-        parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=meaning)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +54,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a directory of adapters, each under its own name; loaded when first asked for",
     )
-    add("--name", help="the base's name in requests; by default REF")
+    add(
+        "--name",
+        metavar="NAME",
+        help="the base's name in requests; by default REF, of a path its last part",
+    )
     add(
         "--pin",
         action="append",
@@ -80,8 +83,13 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
-    add("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="the address to listen on (default: %(default)s, this machine only)",
+    )
+    add("--port", type=int, default=8000, metavar="N", help="0 takes a free one")
     add(
         "--api-key",
         metavar="KEY",
@@ -109,9 +117,9 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--drain-timeout",
         type=float,
-        default=30.0,
+        default=30,
         metavar="S",
-        help="seconds that requests under way have after SIGTERM; default 30",
+        help="seconds that requests under way have after SIGTERM",
     )
 
 

@@ -20,7 +20,9 @@ _KEYS = ("columns", "template", "template_options", "system")
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --split, --column and --system."""
-    parser.add_argument("--split", help="which split of a directory or a hub data set")
+    parser.add_argument(
+        "--split", metavar="NAME", help="which split of a directory or a hub data set"
+    )
     parser.add_argument(
         "--column",
         action="append",
@@ -31,6 +33,7 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--system",
+        metavar="TEXT",
         help="a system turn for rows that have none; by default as the adapter was trained; "
         "'' for none",
     )

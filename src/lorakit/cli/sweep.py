@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         default="local",
+        metavar="NAME",
         help="where the arms are trained: local, this process, or ray, the machines of a cluster",
     )
     parser.add_argument(
