@@ -11,10 +11,9 @@ import datasets.config
 import huggingface_hub
 
 from lorakit.data.rows import Origin, Rows, without_fillers
-from lorakit.data.sources import split_aliases
+from lorakit.data.splits import DEFAULT_SPLIT, split_aliases
 from lorakit.errors import DataError
 
-DEFAULT_SPLIT = "train"
 PROBE_TIMEOUT_S = 10.0
 
 

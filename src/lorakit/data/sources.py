@@ -10,14 +10,10 @@ from pathlib import Path
 
 from lorakit.data.readers import READERS, reader_for
 from lorakit.data.rows import Origin, Row, Rows
+from lorakit.data.splits import DEFAULT_SPLIT, split_aliases, split_of, stem_is
 from lorakit.errors import DataError, nearest
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval"),
-}
 
 
 def load_rows(
@@ -131,13 +127,13 @@ def _files_of(directory: Path, split: str | None) -> list[Path]:
             found=", ".join(entries[:8]) or "an empty directory",
             remedy="name the file or the directory that holds the data",
         )
-    splits = {file: _split_of(file) for file in files}
+    splits = {file: split_of(file) for file in files}
     if split is None:
         if not any(splits.values()):
             return files
-        split = "train"
+        split = DEFAULT_SPLIT
     aliases = split_aliases(split)
-    chosen = [file for file in files if _stem_is(file, aliases)]
+    chosen = [file for file in files if stem_is(file, aliases)]
     if not chosen:
         raise DataError(
             f"no files of the split {split!r} in this directory",
@@ -147,20 +143,6 @@ def _files_of(directory: Path, split: str | None) -> list[Path]:
             remedy="name the split (split=...) or the file itself",
         )
     return chosen
-
-
-def split_aliases(split: str) -> tuple[str, ...]:
-    """The usual names of a split, itself included."""
-    return next((names for names in _SPLIT_NAMES.values() if split in names), (split,))
-
-
-def _split_of(file: Path) -> str | None:
-    return next((name for name, stems in _SPLIT_NAMES.items() if _stem_is(file, stems)), None)
-
-
-def _stem_is(file: Path, stems: tuple[str, ...]) -> bool:
-    first = re.split(r"[._-]", file.name.lower(), maxsplit=1)[0]
-    return first in {stem.lower() for stem in stems}
 
 
 def _may_be_hub_id(source: str) -> bool:
