@@ -17,28 +17,31 @@ from filelock import FileLock, Timeout
 
 from lorakit.errors import ConfigError, OutputError
 
-_LOCK = ".lock"
+_LOCK, _PARTIAL = ".lock", ".partial"
 
 
-def require_free(path: str | Path, *, past_lock: bool = False) -> Path:
+def require_free(path: str | Path, *, past_killed: bool = False) -> Path:
     """The path, if it does not exist yet or is an empty directory.
 
     Args:
         path: the output.
-        past_lock: the file of `only_writer`, which a killed process leaves, does not count; whether
-            another one holds it, `only_writer` finds out.
+        past_killed: what a killed process can leave before its first whole file, the lock of
+            `only_writer` and half-written files, does not count; `only_writer` finds out whether
+            it lives, and removes what is left of a dead one.
 
     Raises:
         OutputError: the path is a file, or a directory with something in it.
     """
     path = Path(path)
-    found = {entry.name for entry in path.iterdir()} if path.is_dir() else set[str]()
-    if found - ({_LOCK} if past_lock else set()):
+    found = list(path.iterdir()) if path.is_dir() else []
+    if past_killed:
+        found = [entry for entry in found if entry.name != _LOCK and not _is_half_written(entry)]
+    if found:
         raise OutputError(
             "the output directory is not empty",
             where=str(path),
             expected="a path that does not exist, or an empty directory",
-            found=f"{len(found)} entries",
+            found=", ".join(sorted(entry.name for entry in found)[:8]),
             remedy="choose another output, or remove this one yourself",
         )
     if path.exists() and not path.is_dir():
@@ -55,7 +58,8 @@ def require_free(path: str | Path, *, past_lock: bool = False) -> Path:
 def only_writer(directory: str | Path) -> Iterator[None]:
     """Inside the block no other process that asks for the same may write into a directory.
 
-    The lock is the system's: it ends with the process, however that ends.
+    The lock is the system's: it ends with the process, however that ends. What a writer that was
+    killed left half-written there is removed.
 
     Args:
         directory: made where it does not exist.
@@ -76,12 +80,28 @@ def only_writer(directory: str | Path) -> Iterator[None]:
                 remedy="wait for it to end, or choose another output",
             ) from error
     try:
+        _remove_half_written(directory)
         yield
     finally:
         # While it is held: whoever comes now finds no file, and makes one of its own.
         with suppress(OSError):
             (directory / _LOCK).unlink()
         lock.release()
+
+
+def _remove_half_written(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if not _is_half_written(entry):
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                entry.unlink()
+
+
+def _is_half_written(entry: Path) -> bool:
+    return entry.name.startswith(".") and entry.name.endswith(_PARTIAL)
 
 
 @contextmanager
@@ -136,9 +156,7 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
         require_free(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        )
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
     try:
         with writing(path):
             yield staging
@@ -165,7 +183,7 @@ def files_into(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=directory))
+        staging = Path(tempfile.mkdtemp(prefix=".", suffix=_PARTIAL, dir=directory))
     try:
         with writing(directory):
             yield staging
@@ -226,7 +244,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)

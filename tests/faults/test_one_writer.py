@@ -57,8 +57,20 @@ def test_a_run_killed_right_after_it_took_its_directory_starts_afresh(directory:
     with only_writer(directory / "taken"), pytest.raises(OutputError, match="another process"):
         train(_config(directory, "taken"), say=lambda _line: None)
     (directory / "taken" / ".lock").write_text("")
+    # Killed while it wrote its first file.
+    (directory / "taken" / ".config.yaml.x1y2.partial").write_text("mod")
+    (directory / "taken" / ".adapter.x1y2.partial").mkdir()
     train(_config(directory, "taken"), say=lambda _line: None)
     assert (directory / "taken" / "adapter").is_dir()
+    assert not list((directory / "taken").glob(".*"))
+
+
+def test_what_another_tool_left_is_no_leftover_of_ours(directory: Path) -> None:
+    (directory / "theirs").mkdir()
+    (directory / "theirs" / "model.partial").write_text("")
+    with pytest.raises(OutputError, match="not empty") as caught:
+        train(_config(directory, "theirs"), say=lambda _line: None)
+    assert caught.value.found == "model.partial"
 
 
 def test_a_clock_that_jumps_changes_nothing(

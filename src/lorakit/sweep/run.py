@@ -72,7 +72,7 @@ def sweep(
     require_engine(engine, workers)
     output = config.output
     if not (output / _CONFIG).is_file():
-        require_free(output, past_lock=True)
+        require_free(output, past_killed=True)
     plan = plan_sweep(config)
     for line in plan.lines():
         say(line)

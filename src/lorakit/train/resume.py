@@ -79,7 +79,7 @@ def find_start(config: TrainConfig, *, resume: bool) -> Checkpoint | None:
         ConfigError: the config is not the one of the run that is resumed.
     """
     if not resume:
-        require_free(config.output, past_lock=True)
+        require_free(config.output, past_killed=True)
         return None
     output = Path(config.output)
     store = CheckpointStore(output / CHECKPOINTS, keep=config.train.keep_checkpoints)

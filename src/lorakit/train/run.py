@@ -222,7 +222,7 @@ class _Run:
             OutputError: it is not free, or another run writes there.
         """
         if not self.resumes:
-            require_free(self.config.output, past_lock=True)
+            require_free(self.config.output, past_killed=True)
         stack.enter_context(only_writer(self.config.output))
         self.course.open()
 
