@@ -89,9 +89,11 @@ LLAMA = {
     "norms-to-save": Made({**QV, "modules_to_save": ["norm"]}, reason="norm"),
     "lora-bias": Made({**QV, "lora_bias": True}, reason="lora_bias", loads=False),
     "pissa": Made({**QV, "init_lora_weights": "pissa"}, reason="init_lora_weights", loads=False),
-    "tokens": Made(
-        {**QV, "trainable_token_indices": [5, 9]}, reason="trainable_token_indices", loads=False
+    "tokens": Made({**QV, "trainable_token_indices": [5, 9, *range(20, 60)]}),
+    "tokens-of-the-head": Made(
+        {**QV, "trainable_token_indices": {"lm_head": [5, 9, *range(20, 60)]}}
     ),
+    "weight-as-parameter": Made({"target_modules": [], "target_parameters": ["q_proj.weight"]}),
     "replication": Made(
         {**QV, "layer_replication": [[0, 2], [1, 3]]}, reason="layer_replication", loads=False
     ),
@@ -109,11 +111,10 @@ GPT2 = {
 MOE = {
     "attention": Made(QV),
     # The router is a bare parameter here, which PEFT adapts as one.
-    "router": Made({"target_modules": ["q_proj", "gate"]}, reason="target_parameters", loads=False),
+    "router": Made({"target_modules": ["q_proj", "gate"]}, reason="target_parameters"),
     "experts": Made(
         {**QV, "target_parameters": ["mlp.experts.down_proj"]},
         reason="target_parameters",
-        loads=False,
     ),
     "experts-all": Made(
         {
@@ -121,10 +122,10 @@ MOE = {
             "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         },
         reason="target_parameters",
-        loads=False,
     ),
 }
 TIED = {
+    "tokens": Made({**QV, "trainable_token_indices": [5, 9, *range(20, 60)]}),
     "embedding": Made({"target_modules": ["embed_tokens", "q_proj"]}),
     "head": Made({"target_modules": ["lm_head", "q_proj"]}),
     "embedding-to-save": Made({**QV, "modules_to_save": ["embed_tokens"]}, reason="embed_tokens"),

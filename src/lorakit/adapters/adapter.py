@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.token_rows import TokenRows
 from lorakit.errors import StateError
 from lorakit.layers.kinds import KINDS
 from lorakit.layers.low_rank import UpdateValues
@@ -29,6 +30,8 @@ class Factors:
         module: the adapted module's name.
         rows: the part's rows of a fused output, or None.
         magnitude: DoRA's m, (out,), or None for LoRA.
+        stack: where `module` names one matrix of a parameter, `<parameter>.<index>`, as experts
+            are: how many matrices it stacks. None for a module.
     """
 
     A: Tensor
@@ -39,6 +42,7 @@ class Factors:
     module: str
     rows: Rows | None = None
     magnitude: Tensor | None = None
+    stack: int | None = None
 
     @property
     def r(self) -> int:
@@ -95,6 +99,7 @@ class Adapter:
         factors: site name -> update.
         biases: adapted module -> its trained bias, (out,).
         overrides: full parameter name -> value, for modules and biases trained beside.
+        tokens: embedding -> rows that are replaced, and the modules tied to it with them.
         passport: where it comes from: base fingerprint, data, seed, versions, metrics.
         base_norms: module -> row norms of W0, (out,), where DoRA adapts only parts of a fused
             output: PEFT's file needs a number for every row.
@@ -107,6 +112,7 @@ class Adapter:
     factors: Mapping[str, Factors]
     biases: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     overrides: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict[str, TokenRows])
     passport: Mapping[str, Any] = field(default_factory=dict[str, Any])
     base_norms: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     base_weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -120,6 +126,7 @@ class Adapter:
             f.magnitude.numel() for f in self.factors.values() if f.magnitude is not None
         )
         beside = [*self.biases.values(), *self.overrides.values()]
+        beside += [tokens.rows for tokens in self.tokens.values()]
         return low_rank + sum(t.numel() for t in beside)
 
     def modules(self) -> dict[str, dict[str, Factors]]:

@@ -19,6 +19,7 @@ from lorakit.adapters.attachments import (
     refuse_merged,
 )
 from lorakit.adapters.identity import require_same_base
+from lorakit.adapters.parameters import fit_parameters, whole_parameters
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
@@ -63,7 +64,9 @@ def bind_adapter(
     check_name(name)
     refuse_merged(model)
     modules = base_modules(model)
-    plan = _plan_for(model, modules, adapter, problems)
+    fitted, wrong = fit_parameters(modules, adapter)
+    adapter = fitted if wrong else whole_parameters(modules, fitted)
+    plan = _plan_for(model, modules, adapter, (*problems, *wrong))
     if not any_base:
         require_same_base(model, adapter.passport)
     # Starts that look at the weight or at data keep something of it beside the factors.
@@ -143,9 +146,12 @@ def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
     Raises:
         AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
     """
-    plan = _plan_for(model, base_modules(model), adapter)
-    factors = {s.name: replace(adapter.factors[s.name], kind=s.kind) for s in plan.sites}
-    return replace(adapter, factors=factors)
+    modules = base_modules(model)
+    fitted, wrong = fit_parameters(modules, adapter)
+    plan = _plan_for(model, modules, fitted, wrong)
+    kinds = {site.name: site.kind for site in plan.sites}
+    factors = {n: replace(f, kind=kinds.get(n, f.kind)) for n, f in fitted.factors.items()}
+    return replace(fitted, factors=factors)
 
 
 def _plan_for(
@@ -157,6 +163,8 @@ def _plan_for(
     problems = list(known)
     sites: list[Site] = []
     for name, factors in adapter.factors.items():
+        if factors.stack is not None:
+            continue  # a parameter's, replaced as a whole: see `lorakit.adapters.parameters`
         site = _site_for(model, modules, name, factors, name_bias=factors.module in adapter.biases)
         if isinstance(site, str):
             problems.append(site)

@@ -62,6 +62,8 @@ def adapter_sha256(adapter: Adapter) -> str:
         add(f"{name} {factors.scaling!r}", factors.A, factors.B, factors.magnitude)
     for name, value in sorted([*adapter.biases.items(), *adapter.overrides.items()]):
         add(name, value)
+    for name, tokens in sorted(adapter.tokens.items()):
+        add(f"{name} {tokens.indices}", tokens.rows)
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.budget import budget_params
+from lorakit.adapters.parameters import stacked_parameters
 from lorakit.adapters.strict import not_finite
 from lorakit.errors import AdapterFileError, SpecError
 from lorakit.formatting import format_count
@@ -102,6 +103,14 @@ def prune_adapter(
 def _require_prunable(adapter: Adapter) -> None:
     if not adapter.factors:
         raise AdapterFileError("the adapter has no low-rank update that could be pruned")
+    stacked = next(iter(stacked_parameters(adapter)), None)
+    if stacked is not None:
+        raise AdapterFileError(
+            "the experts of one parameter have one rank in PEFT's file: sites cannot be cut one by "
+            "one",
+            where=stacked,
+            remedy="the best approximation at one rank: lorakit compose DIR --how svd -r R",
+        )
     problems = not_finite(adapter)
     if problems:
         raise AdapterFileError(

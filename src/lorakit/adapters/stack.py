@@ -16,6 +16,7 @@ from lorakit.adapters.attach import attach, detach
 from lorakit.adapters.attachments import adapted_layers
 from lorakit.adapters.bind import plan_binding
 from lorakit.adapters.identity import require_same_base
+from lorakit.adapters.parameters import stacked_parameters
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.ranks import spec_of_factors
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS, LoraSpec
@@ -25,7 +26,18 @@ _SHOWN = 4
 
 
 def spec_to_continue(adapter: Adapter, *, dropout: float) -> LoraSpec:
-    """The request whose answer is this adapter as it stands, with a dropout of its own."""
+    """The request whose answer is this adapter as it stands, with a dropout of its own.
+
+    Raises:
+        SpecError: it changes parameters that would be trained as a whole.
+    """
+    if adapter.tokens or stacked_parameters(adapter):
+        raise SpecError(
+            "expert weights and rows of tokens would be trained on as whole parameters",
+            where="continue_from",
+            found=", ".join([*stacked_parameters(adapter), *adapter.tokens][:_SHOWN]),
+            remedy="merge it, and train a new adapter on the merged model: lorakit merge",
+        )
     spec = spec_of_factors(adapter.spec, adapter.factors)
     return replace(spec, targets=tuple(adapter.factors) or spec.targets, dropout=dropout)
 
@@ -43,8 +55,10 @@ def check_beneath(first: Adapter, spec: LoraSpec) -> None:
     reason = None
     if "dora" in (first.spec.update, spec.update):
         reason = "DoRA's change is no sum of low-rank updates"
-    elif first.biases or first.overrides:
-        reason = "the saved adapter also replaces biases or whole modules"
+    elif first.biases or first.overrides or first.tokens:
+        reason = "the saved adapter also replaces biases, whole modules or rows of tokens"
+    elif stacked_parameters(first):
+        reason = "the saved adapter changes parameters that stack experts"
     elif spec.init in NONZERO_INITS | DATA_INITS or spec.ranks != "uniform":
         reason = "starts and ranks taken from weights or data look at the base without the adapter"
     elif spec.bias != "none" or spec.also_train:

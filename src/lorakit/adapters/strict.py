@@ -37,6 +37,7 @@ def not_finite(adapter: Adapter) -> list[str]:
         if factors.magnitude is not None:
             named.append((f"{name} magnitude", factors.magnitude))
     named += [*adapter.biases.items(), *adapter.overrides.items()]
+    named += [(f"{name} rows of tokens", tokens.rows) for name, tokens in adapter.tokens.items()]
     if _all_finite([tensor for _, tensor in named]):
         return []
     return [f"not finite: {name}" for name, t in named if not _is_finite(t)]

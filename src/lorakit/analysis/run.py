@@ -15,7 +15,15 @@ from lorakit.analysis.options import AnalyzeOptions
 from lorakit.analysis.pairs import Agreement, Similarity, agreement, common_sites, similarity
 from lorakit.analysis.spectra import Amplification, Intruders, Spectrum, WeightView, spectrum
 from lorakit.analysis.training import SiteAtStep, adapter_of, norms_over_training, run_of
-from lorakit.analysis.updates import Base, Source, Update, labels_of, on_base, read_source
+from lorakit.analysis.updates import (
+    Base,
+    Source,
+    Update,
+    labels_of,
+    on_base,
+    read_source,
+    require_sites,
+)
 from lorakit.errors import RequestError
 from lorakit.progress import track
 
@@ -125,11 +133,15 @@ def analyze(
     ]
     if not options.any_base:
         require_common_base([Part(s.label, s.adapter, 1.0) for s in sources], None)
-    common = common_sites(*sources) if len(sources) == 2 else []
+    if not any(source.adapter.tokens for source in sources):
+        _common(sources)  # what cannot be compared is refused before the base is loaded
     if callable(base):
         base = base()
     if base is not None:
         sources = [on_base(source, base, any_base=options.any_base) for source in sources]
+    for source in sources:
+        require_sites(source)
+    common = _common(sources)
     generator = torch.Generator().manual_seed(options.seed)
     return Analysis(
         adapters={source.label: _facts(source) for source in sources},
@@ -146,6 +158,10 @@ def analyze(
         },
         notes=_notes(sources, common, base),
     )
+
+
+def _common(sources: Sequence[Source]) -> list[str]:
+    return common_sites(*sources) if len(sources) == 2 else []
 
 
 def _facts(source: Source) -> dict[str, Any]:
@@ -236,7 +252,9 @@ def _notes(sources: Sequence[Source], common: Sequence[str], base: Base | None) 
         zero = [site for site, update in source.updates.items() if not float(update.svd[1].norm())]
         if zero:
             notes.append(f"updates of {source.label} that are zero: {_some(zero)}")
-        beside = [*source.adapter.biases, *source.adapter.overrides]
+        adapter = source.adapter
+        beside = [*adapter.biases, *adapter.overrides]
+        beside += [f"rows of tokens in {name}" for name in adapter.tokens]
         if beside:
             notes.append(f"{source.label} also replaces, not looked at: {_some(beside)}")
     named = {s.label: s.adapter.config.get("base_model_name_or_path") for s in sources}

@@ -16,10 +16,17 @@ from transformers import PreTrainedModel
 import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.identity import require_same_base
+from lorakit.adapters.parameters import (
+    find_parameter,
+    fit_parameters,
+    matrix_of,
+    parameter_of,
+    tokens_as_factors,
+)
 from lorakit.adapters.strict import not_finite
 from lorakit.adapters.targets import base_modules, matches
 from lorakit.errors import AdapterFileError, RequestError, StateError
-from lorakit.layers.kinds import LayerKind, as_matrix, kind_of
+from lorakit.layers.kinds import KINDS, LayerKind, as_matrix, kind_of
 from lorakit.layers.low_rank import take_rows
 from lorakit.math.svd import product_svd
 from lorakit.weights.storage import base_weight
@@ -112,12 +119,18 @@ class Source:
         path: its directory.
         adapter: what was read.
         updates: site -> update, in the model's order.
+        sites: what was asked for, see `read_source`.
     """
 
     label: str
     path: Path
     adapter: Adapter
     updates: Mapping[str, Update]
+    sites: Sequence[str] = ()
+
+    def means(self, site: str) -> bool:
+        """Whether this site was asked for."""
+        return not self.sites or any(matches(pattern, site) for pattern in self.sites)
 
 
 class Base:
@@ -129,15 +142,15 @@ class Base:
 
     def __init__(self, model: PreTrainedModel | nn.Module) -> None:
         self.model = model
-        self._modules = base_modules(model)
+        self.modules = base_modules(model)
         prefix = getattr(model, "base_model_prefix", "")
         self._prefix = prefix if isinstance(prefix, str) else ""
 
     def module(self, name: str) -> nn.Module | None:
         """The module of a name, which another head's adapter may know with or without a prefix."""
         for known in (name, name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"):
-            if known in self._modules:
-                return self._modules[known]
+            if known in self.modules:
+                return self.modules[known]
         return None
 
     def layer(self, factors: Factors) -> tuple[nn.Module, LayerKind]:
@@ -174,6 +187,11 @@ class Base:
         Raises:
             AdapterFileError: see `layer`.
         """
+        if factors.stack is not None:
+            parameter = find_parameter(self.modules, parameter_of(factors))
+            if parameter is not None:
+                matrix = matrix_of(parameter.detach(), factors)
+                return as_matrix(KINDS[factors.kind], matrix).cpu().float()
         module, kind = self.layer(factors)
         return take_rows(as_matrix(kind, base_weight(module).read()).float(), factors.rows)
 
@@ -223,40 +241,74 @@ def read_source(
             found="\n".join(problems[:_SHOWN]),
             remedy="look for the step where its loss became NaN, and take an earlier checkpoint",
         )
-    chosen = {
-        name: factors
+    source = Source(
+        label=label or path.name, path=path, adapter=adapter, updates={}, sites=tuple(sites)
+    )
+    updates = {
+        name: _update(name, factors, None)
         for name, factors in adapter.factors.items()
-        if not sites or any(matches(pattern, name) for pattern in sites)
+        if source.means(name)
     }
-    if not chosen:
-        leaves = sorted({name.rpartition(".")[2] for name in adapter.factors})
-        raise RequestError(
-            "no site of this adapter is meant",
-            where=str(path),
-            expected=f"a name, suffix or expression of a site: {', '.join(leaves[:8])}",
-            found=", ".join(sites) or "an adapter without low-rank updates",
-        )
-    updates = {name: _update(name, factors, None) for name, factors in chosen.items()}
-    source = Source(label=label or path.name, path=path, adapter=adapter, updates=updates)
-    return source if base is None else on_base(source, base, any_base=any_base)
+    source = replace(source, updates=updates)
+    if base is not None:
+        return on_base(source, base, any_base=any_base)
+    if not adapter.tokens:
+        require_sites(source)
+    return source
+
+
+def require_sites(source: Source) -> None:
+    """Refuse a source of which nothing is looked at.
+
+    Raises:
+        RequestError: no site is meant.
+    """
+    if source.updates:
+        return
+    adapter = source.adapter
+    leaves = sorted({name.rpartition(".")[2] for name in adapter.factors})
+    raise RequestError(
+        "no site of this adapter is meant",
+        where=str(source.path),
+        expected=f"a name, suffix or expression of a site: {', '.join(leaves[:8])}",
+        found=", ".join(source.sites) or "an adapter without low-rank updates",
+        remedy="what rows of tokens change is seen with the base: --model REF"
+        if adapter.tokens
+        else None,
+    )
 
 
 def on_base(source: Source, base: Base, *, any_base: bool = False) -> Source:
-    """The same source with the weights that it changes.
+    """The same source with the weights that it changes; rows of tokens become sites.
 
     Raises:
         AdapterFileError: it does not fit the base.
         BaseMismatchError: the passport names another base.
+        RequestError: no site is meant.
     """
     if not any_base:
         require_same_base(base.model, source.adapter.passport)
-    factors = source.adapter.factors
-    updates = {name: _update(name, factors[name], base) for name in source.updates}
-    return replace(source, updates=updates)
+    adapter, problems = fit_parameters(base.modules, source.adapter)
+    if problems:
+        raise AdapterFileError(
+            "the adapter changes parameters that the base does not have",
+            where=str(source.path),
+            found="\n".join(problems[:_SHOWN]),
+            remedy="name the base it was made for: --model REF",
+        )
+    adapter = tokens_as_factors(base.modules, adapter)
+    updates = {
+        name: _update(name, factors, base)
+        for name, factors in adapter.factors.items()
+        if source.means(name)
+    }
+    placed = replace(source, adapter=adapter, updates=updates)
+    require_sites(placed)
+    return placed
 
 
 def _update(name: str, factors: Factors, base: Base | None) -> Update:
-    if base is not None:
+    if base is not None and factors.stack is None:
         base.layer(factors)  # the shapes must agree before anything is computed
     is_dora = factors.magnitude is not None
     change = partial(base.change, factors) if base is not None and is_dora else None

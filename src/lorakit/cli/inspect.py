@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 "num_params": adapter.num_params(),
                 "spec": adapter.spec.to_dict(),
                 "sites": [spectrum.to_json() for spectrum in spectra[: args.top]],
-                "trained_beside": sorted({*adapter.biases, *adapter.overrides}),
+                "trained_beside": sorted(_beside(adapter)),
                 "passport": dict(adapter.passport),
             }
         )
@@ -123,7 +123,7 @@ def _inspect_method(saved: Saved, args: argparse.Namespace) -> None:
 
 
 def _show(path: str, adapter: Adapter, num_bytes: int) -> None:
-    beside = {*adapter.biases, *adapter.overrides}
+    beside = _beside(adapter)
     facts: dict[str, object] = {
         "size": f"{format_bytes(num_bytes)}, {format_count(adapter.num_params())} parameters",
         "sites": f"{len(adapter.factors)} in {len(adapter.modules())} modules",
@@ -138,6 +138,11 @@ def _show(path: str, adapter: Adapter, num_bytes: int) -> None:
     console.print_facts("passport", passport or {"": "none: another tool wrote this adapter"})
     if passport:
         console.note("the whole passport: --json")
+
+
+def _beside(adapter: Adapter) -> set[str]:
+    rows = {f"{len(t.indices)} rows of {name}" for name, t in adapter.tokens.items()}
+    return {*adapter.biases, *adapter.overrides, *rows}
 
 
 def passport_facts(passport: Mapping[str, Any]) -> dict[str, str]:

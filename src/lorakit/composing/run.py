@@ -16,6 +16,7 @@ from lorakit.adapters.composition.compose import Composition, compose_parts
 from lorakit.adapters.composition.identity import require_common_base, require_common_classes
 from lorakit.adapters.composition.prediction import Prediction, SitePair, predict_interference
 from lorakit.adapters.composition.recipe import Part, Recipe, check_parts, is_identity
+from lorakit.adapters.composition.tokens import tokens_need_base
 from lorakit.composing.measure import BASE, COMPOSED, PartTask, measure_tasks
 from lorakit.composing.tune import Tuned, require_tunable, tune_weights
 from lorakit.data.options import SftOptions
@@ -206,12 +207,12 @@ def _base_for(
 
 
 def _needs_base(parts: Sequence[Part], recipe: Recipe) -> bool:
-    """DoRA, and parameters beside whose weights leave something of the base's own."""
+    """DoRA, and what is replaced with weights that leave something of the base's own."""
     counting = check_parts(parts, recipe)
     if is_identity(counting, recipe):
         return False
     dora = any(part.adapter.spec.update == "dora" for part in counting)
-    return dora or beside_needs_base(counting)
+    return dora or beside_needs_base(counting) or tokens_need_base(counting)
 
 
 def _refuse_classifiers(parts: Sequence[Part]) -> None:

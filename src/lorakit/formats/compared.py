@@ -61,7 +61,8 @@ def _beside(adapter: Adapter) -> dict[str, Tensor]:
         if any(f.magnitude is not None for f in sites.values())
     }
     biases = {f"{module}.bias": bias for module, bias in adapter.biases.items()}
-    return {**magnitudes, **biases, **adapter.overrides}
+    rows = {f"{n}, tokens {t.indices}": t.rows for n, t in adapter.tokens.items()}
+    return {**magnitudes, **biases, **adapter.overrides, **rows}
 
 
 def _product_difference(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:

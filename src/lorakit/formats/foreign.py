@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter, Factors
+from lorakit.adapters.parameters import stacked_parameters
 from lorakit.adapters.spec import LoraSpec
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError, RequestError, nearest
@@ -133,6 +134,8 @@ def refuse_dora(adapter: Adapter, target: str) -> None:
 def refuse_beside(adapter: Adapter, target: str) -> None:
     """Refuse what is trained beside where the format has no place for it."""
     beside = [*(f"{module}.bias" for module in adapter.biases), *adapter.overrides]
+    beside += [f"rows of tokens in {name}" for name in adapter.tokens]
+    beside += stacked_parameters(adapter)
     if beside:
         raise RequestError(
             f"{target} holds low-rank updates only; this adapter trained parameters beside",

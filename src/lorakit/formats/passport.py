@@ -39,6 +39,7 @@ def write_passport(adapter: Adapter, directory: Path) -> None:
     sites = [
         asdict(SiteRecord(n, f.module, f.kind, f.r, f.alpha, f.scaling, f.rows))
         for n, f in adapter.factors.items()
+        if f.stack is None  # the configuration tells what they are
     ]
     document = {
         "format": _FORMAT,

@@ -34,6 +34,13 @@ from lorakit.formats.peft_config import (
     read_config,
     spec_from_config,
 )
+from lorakit.formats.peft_parameters import (
+    TOKENS,
+    parameter_factors,
+    parameter_pairs,
+    stored_parameters,
+    token_rows,
+)
 from lorakit.formats.peft_parts import (
     FACTOR_DTYPES,
     parts_fit,
@@ -105,10 +112,11 @@ def load_adapter(
 
 def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> None:
     """Write the adapter's directory; see `save_adapter`."""
-    tensors, stacked = _stored_tensors(adapter)
+    tensors, stacked, parameters = _stored_tensors(adapter)
+    config = config_for(adapter, stacked, parameters)
     with atomic_directory(path, replace=replace) as staging:
         save_file(tensors, str(staging / TENSORS_NAME), metadata={"format": "pt"})
-        write_json(staging / CONFIG_NAME, dict(sorted(config_for(adapter, stacked).items())))
+        write_json(staging / CONFIG_NAME, dict(sorted(config.items())))
         write_passport(adapter, staging)
 
 
@@ -119,7 +127,7 @@ def changed_since_saved(adapter: Adapter, path: Path) -> list[str]:
         AdapterFileError: it cannot be read.
     """
     read_adapter(path)
-    expected, _ = _stored_tensors(adapter)
+    expected = _stored_tensors(adapter)[0]
     found = read_tensors(path)
     names = expected.keys() | found.keys()
     return sorted(
@@ -132,11 +140,17 @@ def changed_since_saved(adapter: Adapter, path: Path) -> list[str]:
     )
 
 
-def _stored_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
-    """The tensors of the file by name, and each module's rank and scaling."""
-    tensors: dict[str, Tensor] = {}
-    stacked: dict[str, tuple[int, float]] = {}
+_Sizes = dict[str, tuple[int, float]]
+
+
+def _stored_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], _Sizes, _Sizes]:
+    """The tensors of the file by name, and the rank and scaling of each module and parameter."""
+    found, parameters = stored_parameters(adapter)
+    tensors = {f"{PREFIX}{name}": value for name, value in found.items()}
+    stacked: _Sizes = {}
     for module, sites in adapter.modules().items():
+        if next(iter(sites.values())).stack is not None:
+            continue
         A, B, scaling = stack_parts(list(sites.values()))
         stacked[module] = (A.shape[0], scaling)
         embedding = next(iter(sites.values())).kind == "embedding"
@@ -150,7 +164,10 @@ def _stored_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, tupl
         tensors[f"{PREFIX}{module}.base_layer.bias"] = bias
     for name, value in adapter.overrides.items():
         tensors[f"{PREFIX}{name}"] = value
-    return {name: value.contiguous() for name, value in sorted(tensors.items())}, stacked
+    for module, tokens in adapter.tokens.items():
+        tensors[f"{PREFIX}{module}{TOKENS}"] = tokens.rows
+    ordered = {name: value.contiguous() for name, value in sorted(tensors.items())}
+    return ordered, stacked, parameters
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -179,20 +196,9 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
     tensors = read_tensors(path)
     found = sort_tensors(tensors, path)
     pairs = found.pairs
-    factors: dict[str, Factors] = {}
-    problems: list[str] = []
-    for module, pair in _in_order(pairs, records):
-        if set(pair) & {"A", "B"} != {"A", "B"}:
-            lacking = "B" if "A" in pair else "A"
-            problems.append(f"missing: {module}: lora_{lacking}")
-            continue
-        whole = _whole_factors(config, spec, module, pair)
-        if isinstance(whole, str):
-            problems.append(whole)
-        elif not parts_fit(records.get(module, []), whole):
-            problems.append(f"misshapen: {module}: not the parts that the passport names")
-        else:
-            factors.update(split_parts(whole, records.get(module, []), spec.scaling))
+    factors, problems = _factors_of_file(config, spec, pairs, records)
+    tokens, wrong = token_rows(found.tokens, config)
+    problems += wrong
     base_norms = {
         m: pair["magnitude"].flatten()
         for m, pair in pairs.items()
@@ -207,6 +213,7 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
         factors=factors,
         biases=found.biases,
         overrides=found.overrides,
+        tokens=tokens,
         passport=passport,
         base_norms=base_norms,
         base_weights=base_weights,
@@ -214,6 +221,48 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
         config=config,
     )
     return adapter, problems
+
+
+def _factors_of_file(
+    config: Mapping[str, Any],
+    spec: LoraSpec,
+    pairs: Pairs,
+    records: Mapping[str, list[SiteRecord]],
+) -> tuple[dict[str, Factors], list[str]]:
+    """Site -> its update, and what is wrong."""
+    factors: dict[str, Factors] = {}
+    parameters, problems = parameter_pairs(pairs, config)
+    for module, pair in _in_order(pairs, records):
+        if set(pair) & {"A", "B"} != {"A", "B"}:
+            lacking = "B" if "A" in pair else "A"
+            problems.append(f"missing: {module}: lora_{lacking}")
+            continue
+        if module in parameters:
+            name = parameters[module]
+            sizes = _sizes(config, name)
+            found = parameter_factors(name, pair, spec, sizes=sizes, config=config)
+        else:
+            found = _module_factors(config, spec, module, pair, records.get(module, []))
+        if isinstance(found, str):
+            problems.append(found)
+        else:
+            factors.update(found)
+    return factors, problems
+
+
+def _module_factors(
+    config: Mapping[str, Any],
+    spec: LoraSpec,
+    module: str,
+    pair: Mapping[str, Tensor],
+    records: list[SiteRecord],
+) -> dict[str, Factors] | str:
+    whole = _whole_factors(config, spec, module, pair)
+    if isinstance(whole, str):
+        return whole
+    if not parts_fit(records, whole):
+        return f"misshapen: {module}: not the parts that the passport names"
+    return split_parts(whole, records, spec.scaling)
 
 
 def _in_order(
@@ -239,12 +288,9 @@ def _whole_factors(
             f"misshapen: {module}: A {tuple(A.shape)}, B {tuple(B.shape)} hold no numbers (saved "
             "without gathering the parts of a ZeRO-3 or FSDP run?)"
         )
-    r = peft_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    r, alpha = _sizes(config, module)
     if A.ndim < 2 or A.shape[0] != r or B.ndim < 2 or B.shape[1] != r:
         return f"misshapen: {module}: rank {r}, but A {tuple(A.shape)}, B {tuple(B.shape)}"
-    alpha = float(
-        peft_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
-    )
     if "embedding" in pair:
         kind = "embedding"
     elif A.ndim == 4:
@@ -271,6 +317,13 @@ def _whole_factors(
         module=module,
         magnitude=None if magnitude is None else magnitude.flatten(),
     )
+
+
+def _sizes(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """Rank and alpha of a module or parameter, by PEFT's patterns."""
+    r = peft_pattern(config.get("rank_pattern") or {}, name, config.get("r", 8))
+    alpha = peft_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+    return r, float(alpha)
 
 
 def _targeted(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError, LorakitWarning, SpecError
 from lorakit.files import read_json
 from lorakit.formats.passport import PASSPORT_NAME
+from lorakit.formats.peft_parameters import parameter_config
 from lorakit.math.scaling import alpha_for
 
 CONFIG_NAME = "adapter_config.json"
@@ -30,8 +31,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "velora_config": (None,),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "ensure_weight_tying": (False, None),
 }
 # These start from another base than W0: without the changed base their A and B mean nothing.
@@ -44,7 +43,8 @@ _KNOWN = frozenset(
         *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
         *("lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save"),
         *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-        *("target_modules", "task_type", "use_dora", "use_rslora"),
+        *("target_modules", "target_parameters", "task_type", "trainable_token_indices"),
+        *("use_dora", "use_rslora"),
     }
 )
 
@@ -177,6 +177,8 @@ def spec_from_config(config: Mapping[str, Any], path: Path) -> LoraSpec:
     targets = config.get("target_modules") or ()
     init = config.get("init_lora_weights", True)
     try:
+        if not isinstance(config.get("target_parameters") or [], list):
+            raise TypeError(f"target_parameters is no list: {config['target_parameters']!r}")
         return LoraSpec(
             r=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
@@ -214,18 +216,24 @@ def peft_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def config_for(
+    adapter: Adapter,
+    stacked: Mapping[str, tuple[int, float]],
+    parameters: Mapping[str, tuple[int, float]],
+) -> dict[str, Any]:
     """The configuration PEFT needs to compute what we compute.
 
     Args:
         adapter: what is written.
         stacked: module -> (rank, scaling) as they stand in the tensor file.
+        parameters: the same of adapted parameters.
     """
     spec = adapter.spec
-    alphas = {m: alpha_for(s, r, spec.scaling) for m, (r, s) in stacked.items()}
-    ranks = {m: r for m, (r, _) in stacked.items()}
+    sizes = {**stacked, **parameters}
+    alphas = {m: alpha_for(s, r, spec.scaling) for m, (r, s) in sizes.items()}
+    ranks = {m: r for m, (r, _) in sizes.items()}
     r, alpha = _commonest(ranks, spec.fixed_r()), _commonest(alphas, spec.alpha)
-    kinds = {f.kind for f in adapter.factors.values()}
+    kinds = {f.kind for f in adapter.factors.values() if f.stack is None}
     own = {
         "peft_type": "LORA",
         "task_type": adapter.config.get("task_type"),
@@ -249,7 +257,7 @@ def config_for(adapter: Adapter, stacked: Mapping[str, tuple[int, float]]) -> di
         "layers_pattern": None,
         "exclude_modules": None,
     }
-    return {**adapter.config, **own}
+    return {**adapter.config, **own, **parameter_config(adapter, parameters)}
 
 
 def _target_modules(adapter: Adapter) -> list[str]:

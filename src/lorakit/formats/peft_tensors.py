@@ -33,6 +33,9 @@ _FACTOR = re.compile(
     rf"|lora_embedding_(?P<embedding>[AB]){_NAME.format('embedding_name')}"
     rf"|lora_(?P<magnitude>magnitude)_vector{_NAME.format('magnitude_name')}(?:\.weight)?)$"
 )
+_TOKENS = re.compile(
+    r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<name>[^.]+))?$"
+)
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
 
 Pairs = dict[str, dict[str, Tensor]]
@@ -46,11 +49,13 @@ class SortedTensors:
         pairs: module -> "A", "B" and, where they are there, "magnitude", "embedding", "base".
         biases: adapted module -> its trained bias.
         overrides: full parameter name -> value, of modules trained beside.
+        tokens: embedding -> the rows of single tokens.
     """
 
     pairs: Pairs = field(default_factory=dict[str, dict[str, Tensor]])
     biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     overrides: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tokens: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -118,8 +123,11 @@ def sort_tensors(tensors: Mapping[str, Tensor], path: Path) -> SortedTensors:
         name = clean.removeprefix(PREFIX)
         if ".original_module." in name:
             continue  # PEFT's copy of the base's own values, beside modules_to_save
-        found = _FACTOR.match(name)
-        if found:
+        found, rows = _FACTOR.match(name), _TOKENS.match(name)
+        if rows:
+            names.update([rows["name"]] if rows["name"] else [])
+            result.tokens[rows["module"]] = tensors[key]
+        elif found:
             names.update(_adapter_name(found))
             letter = found["plain"] or found["embedding"] or found["magnitude"]
             pair = result.pairs.setdefault(found["module"], {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.parameters import stacked_parameters
 from lorakit.errors import AdapterFileError
 
 # vllm/config/lora.py, MaxLoRARanks.
@@ -105,10 +106,12 @@ def _problems(adapter: Adapter, rules: EngineRules) -> list[str]:
             found.append("DoRA: its magnitudes are not low-rank")
         elif kinds - rules.dora:
             found.append(f"DoRA of {', '.join(sorted(kinds - rules.dora))}, which it does not do")
-    beside = sorted({*adapter.biases, *adapter.overrides})
+    if stacked_parameters(adapter) and not rules.trained_beside:
+        found.append(f"expert weights: {', '.join(list(stacked_parameters(adapter))[:3])}")
+    beside = sorted({*adapter.biases, *adapter.overrides, *adapter.tokens})
     if beside and not rules.trained_beside:
         shown = ", ".join(beside[:3]) + (f" and {len(beside) - 3} more" if len(beside) > 3 else "")
-        found.append(f"trained beside (modules_to_save, bias): {shown}")
+        found.append(f"trained beside (modules_to_save, bias, tokens): {shown}")
     strange = sorted(
         {factors.kind for factors in adapter.factors.values() if factors.kind not in rules.kinds}
     )

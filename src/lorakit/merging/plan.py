@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
+from lorakit.adapters.parameters import stacked_parameters, token_modules
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import ModelError
 from lorakit.models.checkpoint import unreadable, weight_files
@@ -32,6 +33,7 @@ class TensorChange:
         target: the name it is written under; another than `source` when a tie is undone.
         module: the adapted module whose delta is added, or None.
         override: the name of the replacing tensor in the adapter, or None.
+        tokens: the module whose rows of tokens are replaced, or None.
     """
 
     parameter: str
@@ -39,6 +41,7 @@ class TensorChange:
     target: str
     module: str | None = None
     override: str | None = None
+    tokens: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
 
     Returns:
         The plan, or None when the checkpoint's tensor names are not the model's own (transformers
-        renames some on load): then only the loaded model can be merged.
+        renames some on load, and stacks experts): then only the loaded model can be merged.
 
     Raises:
         AdapterFileError: the adapter does not bind to this architecture.
@@ -79,10 +82,13 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
     """
     model = empty_model(directory)
     bound = plan_binding(model, adapter)
+    if stacked_parameters(bound):
+        return None
     location, dtypes = _headers(directory)
     prefix = str(model.base_model_prefix)
     modules = base_modules(model)
-    wanted = _wanted(adapter)
+    rows = {f"{name}.weight": tokens for name, tokens in token_modules(modules, bound).items()}
+    wanted = _wanted(bound, rows)
     groups = _ties(modules)
     changes: dict[str, list[TensorChange]] = {}
     untied = False
@@ -103,10 +109,13 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
                 remedy="merge into the dense checkpoint of the same model, or into these weights "
                 "multiplied out: --onto nf4-dequantized",
             )
-        untied = untied or len(group) > 1
-        module, override = wanted.get(parameter, (None, None))
-        target = stored or parameter
-        change = TensorChange(parameter, source, target, module, override)
+        stays_tied = parameter in rows and len({rows.get(name) for name in group}) == 1
+        if stays_tied and any(change.target == source for change in changes.get(source, [])):
+            continue  # one tensor for all of them, as before
+        untied = untied or (len(group) > 1 and not stays_tied)
+        module, override, tokens = wanted.get(parameter, (None, None, None))
+        target = source if stays_tied else stored or parameter
+        change = TensorChange(parameter, source, target, module, override, tokens)
         changes.setdefault(source, []).append(change)
     return MergePlan(
         directory=directory,
@@ -114,7 +123,7 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
         location=location,
         changes={source: tuple(group) for source, group in changes.items()},
         untied=untied,
-        adapter=bound,
+        adapter=replace(bound, tokens=token_modules(modules, bound)),
     )
 
 
@@ -135,13 +144,17 @@ def stored_names(
     return found if len(found) == len(names) else None
 
 
-def _wanted(adapter: Adapter) -> dict[str, tuple[str | None, str | None]]:
-    """Parameter -> (adapted module, replacing tensor)."""
-    wanted: dict[str, tuple[str | None, str | None]] = {
-        f"{module}.weight": (module, None) for module in adapter.modules()
+_Wanted = tuple[str | None, str | None, str | None]
+
+
+def _wanted(adapter: Adapter, rows: Mapping[str, object]) -> dict[str, _Wanted]:
+    """Parameter -> (adapted module, replacing tensor, module with new rows of tokens)."""
+    wanted: dict[str, _Wanted] = {
+        f"{module}.weight": (module, None, None) for module in adapter.modules()
     }
-    wanted.update({f"{module}.bias": (None, f"{module}.bias") for module in adapter.biases})
-    wanted.update({name: (None, name) for name in adapter.overrides})
+    wanted.update({f"{module}.bias": (None, f"{module}.bias", None) for module in adapter.biases})
+    wanted.update({name: (None, name, None) for name in adapter.overrides})
+    wanted.update({name: (None, None, name.removesuffix(".weight")) for name in rows})
     return wanted
 
 
@@ -238,4 +251,7 @@ def changed_value(change: TensorChange, base: Tensor, adapter: Adapter) -> tuple
         if value is None:
             raise KeyError(change.override)
         return value.to(wide.dtype) - wide, value.to(wide.dtype)
+    if change.tokens is not None:
+        value = adapter.tokens[change.tokens].on(wide)
+        return value - wide, value
     return torch.zeros_like(wide), wide

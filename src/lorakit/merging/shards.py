@@ -104,7 +104,7 @@ def _write_one(
     entry: Stored,
     change: TensorChange | None,
 ) -> StoredChange | None:
-    if change is None or (change.module is None and change.override is None):
+    if change is None or not (change.module or change.override or change.tokens):
         # Not changed; or tied to something that changes, and from now on with values of its own.
         source.copy(entry, target)
         return None

@@ -218,9 +218,20 @@ def _read_facts(path: Path) -> Facts:
         document = read_saved(path).passport
     except LorakitError as error:
         return Facts(None, {}, _reason(error))
+    # A linear layer's weight, named as a parameter, may be served: its tensors tell.
+    stacked = [
+        key for key in _names(config.get("target_parameters")) if not key.endswith(".weight")
+    ]
+    if stacked:
+        what = "it changes parameters that are no layer of their own (target_parameters)"
+        return Facts(None, {}, f"{what}: {', '.join(stacked[:4])}")
     r = config.get("r")
     passport = {k: _slim(v) for k, v in document.items() if k not in _BULKY}
     return Facts(r if isinstance(r, int) else None, passport, None)
+
+
+def _names(value: object) -> list[str]:
+    return [str(key) for key in value] if isinstance(value, list) else []
 
 
 def _reason(error: LorakitError) -> str:

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.bind import plan_binding
+from lorakit.adapters.parameters import (
+    fit_parameters,
+    stacked_parameters,
+    tokens_as_factors,
+)
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError
 from lorakit.layers.kinds import KINDS, as_matrix, embedding_scale
@@ -109,8 +114,11 @@ def served_form(model: nn.Module, adapter: Adapter, key: str) -> ServedAdapter:
     Raises:
         AdapterFileError: it does not bind, or changes more than a served adapter can.
     """
-    _refuse_unservable(adapter)
     modules = base_modules(model)
+    fitted, problems = fit_parameters(modules, adapter)
+    if not problems:
+        adapter = tokens_as_factors(modules, fitted)
+    _refuse_unservable(adapter)
     # What a layer with 4-bit weights computes in is what the rest of the model is in.
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     bound = plan_binding(model, adapter)
@@ -148,7 +156,10 @@ def _refuse_unservable(adapter: Adapter) -> None:
     if adapter.overrides:
         some = ", ".join(sorted({name.rpartition(".")[0] for name in adapter.overrides})[:4])
         reason = f"it trained whole modules beside its factors: {some}"
-    elif not adapter.factors:
+    elif stacked_parameters(adapter):
+        some = ", ".join(list(stacked_parameters(adapter))[:4])
+        reason = f"it changes parameters that are no layer of their own (target_parameters): {some}"
+    elif not adapter.factors and not adapter.tokens:
         reason = "it has no low-rank factors"
     elif any(f.kind == "conv2d" for f in adapter.factors.values()):
         reason = "it adapts convolutions"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.composition.recipe import Part
+from lorakit.adapters.parameters import matrix_of, parameter_of
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import BaseMismatchError, SpecError
 
@@ -42,12 +43,14 @@ def fold_into_overrides(
     kept: dict[str, Factors] = {}
     changed = dict(overrides)
     for site, update in factors.items():
-        name = f"{update.module}.weight"
+        name = f"{update.module}.weight" if update.stack is None else parameter_of(update)
         if name not in changed:
             kept[site] = update
             continue
-        value = changed[name]
-        changed[name] = (value.double() + update.delta().double()).to(value.dtype)
+        value = changed[name].double()
+        matrix = value if update.stack is None else matrix_of(value, update)
+        matrix += update.delta().double()
+        changed[name] = value.to(changed[name].dtype)
     return kept, changed
 
 

@@ -23,6 +23,7 @@ from lorakit.adapters.composition.identity import (
 )
 from lorakit.adapters.composition.recipe import Part, Recipe, check_parts, is_identity
 from lorakit.adapters.composition.sites import CommonSite, common_sites
+from lorakit.adapters.composition.tokens import combined_tokens, with_rows_of_tokens
 from lorakit.adapters.composition.ways import Held, combine
 from lorakit.adapters.spec import Bias, LoraSpec
 from lorakit.math.scaling import Scaling, alpha_for
@@ -127,6 +128,7 @@ def compose_parts(
         counting = [replace(part, adapter=plan_binding(base, part.adapter)) for part in counting]
     if is_identity(counting, recipe):
         return _unchanged(counting[0], parts, recipe)
+    counting = with_rows_of_tokens(counting, base)
     rule = _common_rule(counting)
     sites = common_sites(counting, base)
     factors: dict[str, Factors] = {}
@@ -143,6 +145,7 @@ def compose_parts(
         factors=factors,
         biases=biases,
         overrides=overrides,
+        tokens=combined_tokens(counting, base),
         target_modules=_targets(counting),
         config=_config(counting),
     )
@@ -232,4 +235,8 @@ def _config(parts: Sequence[Part]) -> dict[str, Any]:
     for key in ("base_model_name_or_path", "task_type", "revision", "auto_mapping"):
         values = [part.adapter.config.get(key) for part in parts]
         result[key] = values[0] if all(value == values[0] for value in values) else None
+    for part in parts:
+        # PEFT's version tells how expert weights lie; parts that differ in it have the base's.
+        if any(f.stack is not None for f in part.adapter.factors.values()):
+            result["peft_version"] = part.adapter.config.get("peft_version")
     return result

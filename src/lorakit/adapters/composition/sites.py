@@ -64,6 +64,7 @@ class CommonSite:
         rows: the part's rows of a fused output, or None.
         inputs: what stands behind the rank in A's shape: (in,), or (in, h, w).
         terms: one per part that changes this place.
+        stack: see `Factors`.
     """
 
     name: str
@@ -72,6 +73,7 @@ class CommonSite:
     rows: Rows | None
     inputs: tuple[int, ...]
     terms: tuple[Term, ...]
+    stack: int | None = None
 
     def factors(self, A: Tensor, B: Tensor, *, scaling: float, alpha: float) -> Factors:
         """Factors in this place's geometry.
@@ -91,6 +93,7 @@ class CommonSite:
             kind=self.kind,
             module=self.module,
             rows=self.rows,
+            stack=self.stack,
         )
 
 
@@ -159,6 +162,13 @@ def _require_one_shape(module: str, updates: Sequence[_Update], parts: Sequence[
         f = update.factors
         out = f.rows.whole if f.rows is not None else f.B.shape[0]
         shapes.setdefault((out, *f.A.shape[1:]), parts[update.part].name)
+    if len({(u.factors.kind, u.factors.stack) for u in updates if u.factors.stack}) > 1:
+        raise SpecError(
+            "PEFT turned expert weights around in 0.19: only the base tells how they lie in it",
+            where=module,
+            found=", ".join(sorted({parts[u.part].name for u in updates})),
+            remedy="give the base: compose(..., base=model), --base REF",
+        )
     kinds = {u.factors.kind for u in updates} - {"linear", "conv1d"}
     if len(shapes) > 1 or len(kinds) > 1:
         raise BaseMismatchError(
@@ -190,6 +200,7 @@ def _sites_of(module: str, updates: Sequence[_Update], weight: Tensor | None) ->
             rows=rows,
             inputs=inputs,
             terms=tuple(_term(u, kind, weight) for u in updates if u.factors.rows == rows),
+            stack=updates[0].factors.stack,
         )
         for rows, name in names.items()
     ]
