@@ -142,6 +142,20 @@ def test_a_stopped_run_goes_on_to_the_same_end(directory: Path, how: str) -> Non
     assert all(one[name].equal(two[name]) for name in one)
 
 
+def test_keys_that_say_what_the_adapter_says_may_stand(directory: Path) -> None:
+    sft = str(directory / "sft" / "adapter")
+    spec = Adapter.load(sft).spec
+    same = {"r": spec.r, "alpha": spec.alpha, "targets": spec.targets, "dropout": 0.1}
+    config = _sft(directory, "same", continue_from=sft, lora=same)
+    assert TrainConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert config.make_method().options()["r"] == spec.r
+    # The default is a value like any other where somebody writes it down.
+    with pytest.raises(ConfigError) as error:
+        _sft(directory, "other", continue_from=sft, lora={"r": 8})
+    assert error.value.expected == f"r: {spec.r}, as in {sft}"
+    assert error.value.found == "r: 8"
+
+
 def test_the_reference_may_be_another_model_than_the_start(directory: Path) -> None:
     sft = str(directory / "sft" / "adapter")
     told: list[str] = []
@@ -176,7 +190,10 @@ def test_another_adapter_in_its_place_is_not_resumed(directory: Path, tmp_path: 
     [
         ({"continue_from": "nowhere"}, AdapterFileError, "continue_from: nowhere"),
         ({"continue_from": "a", "on_top_of": "b"}, ConfigError, "continue_from and on_top_of"),
-        ({"continue_from": "a", "lora": {"r": 3}}, ConfigError, "lora.r"),
+        ({"continue_from": "SFT", "lora": {"r": 3}}, ConfigError, "lora.r"),
+        ({"continue_from": "SFT", "lora": {"r": 4, "alpha": 1}}, ConfigError, "lora.alpha"),
+        ({"continue_from": "SFT", "lora": {"init": "pissa"}}, ConfigError, "lora.init"),
+        ({"continue_from": "a", "lora": {"r": 8}}, AdapterFileError, "continue_from: a"),
         ({"on_top_of": "a", "method": "bitfit"}, ConfigError, "on_top_of"),
         ({"continue_from": "a", "task": "classify"}, ConfigError, "continue_from"),
         ({"on_top_of": "SFT", "lora": {"targets": "qv"}}, SpecError, "lora.targets"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.identity import adapter_sha256
@@ -74,21 +76,62 @@ class Beginnings:
                     expected=f"task: {', '.join(_TASKS)}",
                     found=f"task: {task}",
                 )
-        if self.continue_from is not None:
-            _require_plain(lora)
 
 
-def _require_plain(lora: LoraSpec) -> None:
-    """A saved adapter has its ranks and sites; only dropout is the run's own."""
-    plain = replace(LoraSpec(), dropout=lora.dropout)
-    changed = [f.name for f in fields(lora) if getattr(lora, f.name) != getattr(plain, f.name)]
-    if changed:
+# What a start or a choice of ranks says about an adapter that has both already.
+_NEW_ONLY = ("init", "budget", "ranks")
+
+
+def require_as_saved(path: str, given: Mapping[str, Any]) -> None:
+    """Refuse keys of lora that say another thing than the adapter that is trained further.
+
+    Args:
+        path: the saved adapter.
+        given: the keys that are set, with their values; its dropout is the run's own.
+
+    Raises:
+        ConfigError: names the keys, and both values.
+        AdapterFileError: the adapter cannot be read.
+    """
+    named = {key: value for key, value in given.items() if key != "dropout"}
+    if not named:
+        return
+    adapter = read_named(path, "continue_from")
+    default, saved = LoraSpec(), adapter.spec
+    expected = {
+        key: getattr(default if key in _NEW_ONLY else saved, key, None)
+        for key in named
+        if key in LoraSpec.__dataclass_fields__
+    }
+    other = [key for key, value in expected.items() if not _is_same(named[key], value)]
+    if "targets" in other and _is_same(named["targets"], adapter.target_modules):
+        other.remove("targets")
+    if other:
         raise ConfigError(
             "an adapter that is trained further keeps its ranks and sites",
-            where=", ".join(f"lora.{name}" for name in changed),
-            expected="lora.dropout alone",
+            where=", ".join(f"lora.{key}" for key in other),
+            expected=f"{_listed({k: expected[k] for k in other})}, as in {path}",
+            found=_listed({k: named[k] for k in other}),
             remedy="remove these keys; a new adapter on top of the saved one: on_top_of",
         )
+
+
+def _is_same(given: Any, saved: Any) -> bool:
+    if isinstance(given, (list, tuple)) or isinstance(saved, (list, tuple)):
+        one, other = ([v] if isinstance(v, str) else list(v or ()) for v in (given, saved))
+        return sorted(map(str, one)) == sorted(map(str, other))
+    return given == saved
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in values.items())
+
+
+def set_keys(lora: LoraSpec) -> dict[str, Any]:
+    """The keys of a request that are not at their defaults."""
+    plain = LoraSpec()
+    names = (f.name for f in fields(lora))
+    return {n: getattr(lora, n) for n in names if getattr(lora, n) != getattr(plain, n)}
 
 
 def begin_lora(
@@ -107,6 +150,7 @@ def begin_lora(
     """
     begin: Beginning | None = None
     if beginnings.continue_from is not None:
+        require_as_saved(beginnings.continue_from, set_keys(spec))
         adapter = read_named(beginnings.continue_from, "continue_from")
         spec = spec_to_continue(adapter, dropout=spec.dropout)
         begin = Beginning(adapter, beginnings.continue_from, beneath=False)

@@ -14,7 +14,7 @@ from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.methods.registry import METHODS, build_method
 from lorakit.train import schema
-from lorakit.train.beginning import Beginnings, begin_lora
+from lorakit.train.beginning import Beginnings, begin_lora, require_as_saved, set_keys
 from lorakit.train.data_section import DataSection, require
 from lorakit.train.grpo_section import GRPO, GrpoSection
 from lorakit.train.method_sections import MethodSections, check_data_start
@@ -175,8 +175,13 @@ class TrainConfig(MethodSections):
         Raises:
             ConfigError: an unknown or missing key, a wrong type or value.
             SpecError: a LoraSpec that cannot be.
+            AdapterFileError: keys of lora stand beside `continue_from`, and it cannot be read.
         """
-        return schema.read(cls, values)
+        config = schema.read(cls, values)
+        given = values.get("lora")
+        if config.continue_from is not None and isinstance(given, Mapping):
+            require_as_saved(config.continue_from, given)  # also keys at their defaults
+        return config
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -199,6 +204,8 @@ class TrainConfig(MethodSections):
         values = schema.plain(self)
         order = _ORDER + (("preference",) if self.task in PREFERENCE_TASKS else ())
         order += ((GRPO,) if self.task == GRPO else ()) + self.set_beside
+        if self.continue_from is not None:
+            values["lora"] = schema.plain({"dropout": 0.0, **set_keys(self.lora)})
         return {name: values[name] for name in order} | {self.method: values[self.method]}
 
     def to_yaml(self) -> str:
