@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from lorakit.errors import StateError
 from lorakit.layers.kinds import KINDS
 from lorakit.layers.low_rank import UpdateValues
 from lorakit.layers.rows import Rows
+
+# Knows how adapters lie on disk. It builds on this module, so it is imported when it is needed.
+_LAYOUT = "lorakit.formats.peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +80,6 @@ class Factors:
             rows=self.rows,
             magnitude=self.magnitude,
         )
-
-
-class AdapterFiles(Protocol):
-    """How adapters are read from and written to disk; `lorakit.formats.peft` is the one we use."""
-
-    def read(self, path: Path) -> Adapter:
-        """Read a directory."""
-        ...
-
-    def write(self, adapter: Adapter, path: Path) -> None:
-        """Write a directory."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,7 +152,7 @@ class Adapter:
         Raises:
             AdapterFileError: the files cannot be read, or ask for what is not supported.
         """
-        return _files[0].read(Path(path))
+        return import_module(_LAYOUT).read_adapter(Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write the adapter in PEFT's layout, with its passport beside; whole or not at all.
@@ -168,12 +160,4 @@ class Adapter:
         Raises:
             OutputError: the directory is not empty, or the disk refuses.
         """
-        _files[0].write(self, Path(path))
-
-
-_files: list[AdapterFiles] = []
-
-
-def register_files(files: AdapterFiles) -> None:
-    """Say how `Adapter.load` and `Adapter.save` read and write (called once, by the format)."""
-    _files[:] = [files]
+        import_module(_LAYOUT).write_adapter(self, Path(path))

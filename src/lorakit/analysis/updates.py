@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# The format registers itself as the reader behind Adapter.load.
-import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.identity import require_same_base
 from lorakit.adapters.parameters import (
@@ -26,6 +24,7 @@ from lorakit.adapters.parameters import (
 from lorakit.adapters.strict import not_finite
 from lorakit.adapters.targets import base_modules, matches
 from lorakit.errors import AdapterFileError, RequestError, StateError
+from lorakit.formats.peft import read_adapter
 from lorakit.layers.kinds import KINDS, LayerKind, as_matrix, kind_of
 from lorakit.layers.low_rank import take_rows
 from lorakit.math.svd import product_svd
@@ -232,7 +231,7 @@ def read_source(
         RequestError: no site is meant.
     """
     path = Path(path)
-    adapter = Adapter.load(path)
+    adapter = read_adapter(path)
     problems = not_finite(adapter)
     if problems:
         raise AdapterFileError(

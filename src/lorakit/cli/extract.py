@@ -9,6 +9,7 @@ from lorakit.adapters.spec import LoraSpec
 from lorakit.cli import console
 from lorakit.composing.extract import Extraction, by_size, extract_with_report
 from lorakit.files import require_free
+from lorakit.formats.peft import write_adapter
 from lorakit.formatting import format_count, format_number, format_share
 
 SUMMARY = "make an adapter of a fine-tuned model"
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         bias=args.bias,
     )
     found = extract_with_report(args.base, args.tuned, spec)
-    found.adapter.save(Path(args.output))
+    write_adapter(found.adapter, Path(args.output))
     if args.json:
         facts = found.adapter.passport["extraction"]
         params = found.adapter.num_params()

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-# The format registers itself as the reader behind Adapter.load.
-import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.cli import console
 from lorakit.cli.inspect_method import measure, record, show
 from lorakit.cli.numbers import count
 from lorakit.data.task_facts import saved_task
+from lorakit.formats.peft import read_adapter
 from lorakit.formatting import format_bytes, format_count, format_estimate, format_number
 from lorakit.math.svd import effective_rank, product_singular_values
 from lorakit.methods.files import Saved, read_saved
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if saved.name != LoraMethod.name:
         _inspect_method(saved, args)
         return 0
-    adapter = Adapter.load(args.adapter)
+    adapter = read_adapter(Path(args.adapter))
     spectra = [Spectrum.of(site, factors) for site, factors in adapter.factors.items()]
     if args.sort == "norm":
         spectra.sort(key=lambda spectrum: -spectrum.norm)

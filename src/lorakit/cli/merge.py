@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-# The format registers itself as the reader behind Adapter.load.
-import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.cli import console
 from lorakit.formatting import format_duration, format_number
 from lorakit.merging.certificate import CERTIFICATE_NAME

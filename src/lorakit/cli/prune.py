@@ -7,8 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# The format registers itself as the reader behind Adapter.load.
-import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.prune import Pruned, prune_adapter
@@ -20,6 +18,7 @@ from lorakit.errors import LorakitWarning, RequestError
 from lorakit.evaluate.options import EvalOptions
 from lorakit.evaluate.run import EvalResult, evaluate
 from lorakit.files import require_free
+from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.formatting import format_count, format_estimate, format_share
 from lorakit.methods.files import read_saved
 from lorakit.methods.lora import LoraMethod
@@ -87,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
         require_writer(args.adapter)
     else:
         _refuse_unmeasured(args)
-    adapter = Adapter.load(args.adapter)
+    adapter = read_adapter(Path(args.adapter))
     pruned = prune_adapter(adapter, budget=args.budget, energy=args.energy)
     measured = _measure(args, adapter, pruned) if args.data else None
-    pruned.adapter.save(args.output)
+    write_adapter(pruned.adapter, Path(args.output))
     if args.json:
         console.print_json(_record(args, pruned, measured))
     else:

@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# The format registers itself as the writer behind Adapter.save.
-import lorakit.formats.peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.fingerprint import Sampled, fingerprint_of, sample
 from lorakit.adapters.plan import AdapterPlan, Site, plan_adapter, whole_modules

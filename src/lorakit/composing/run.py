@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
 from lorakit.adapters.composition.beside import beside_needs_base
 from lorakit.adapters.composition.compose import Composition, compose_parts
@@ -25,7 +24,7 @@ from lorakit.data.sft import build_examples
 from lorakit.data.task_facts import saved_task
 from lorakit.errors import AdapterFileError, RequestError
 from lorakit.files import require_free
-from lorakit.formats.peft import read_adapter
+from lorakit.formats.peft import read_adapter, write_adapter
 from lorakit.methods.files import read_saved
 from lorakit.methods.lora import LoraMethod
 from lorakit.models.load import load_base_model, load_tokenizer
@@ -260,5 +259,5 @@ def _record(
 
 def _write(made: Composition, record: dict[str, Any], output: Path) -> None:
     passport = {**made.adapter.passport, "composition": record}
-    adapter: Adapter = replace(made.adapter, passport=passport)
-    adapter.save(output)
+    adapter = replace(made.adapter, passport=passport)
+    write_adapter(adapter, output)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorakit.adapters.adapter import Adapter, Factors, register_files
+from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.attach import attach
 from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.extract import adapter_from_model
@@ -335,18 +335,6 @@ def _targeted(config: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     return (targets,) if isinstance(targets, str) else tuple(targets)
 
-
-class _PeftFiles:
-    """`Adapter.load` and `Adapter.save` in PEFT's layout."""
-
-    def read(self, path: Path) -> Adapter:
-        return read_adapter(path)
-
-    def write(self, adapter: Adapter, path: Path) -> None:
-        write_adapter(adapter, path)
-
-
-register_files(_PeftFiles())
 
 # `attach` is public from here, so that a model that carries adapters can always be saved.
 __all__ = [

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lorakit.adapters.adapter import Adapter
 from lorakit.data.adopted_task import adopted_task
 from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, write_json, writing
+from lorakit.formats.peft import read_adapter
 from lorakit.formats.peft_config import CONFIG_NAME, named_base
 from lorakit.merging.certificate import (
     CERTIFICATE_NAME,
@@ -90,7 +90,7 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
     """
     started = time.monotonic()
     saved = read_saved(request.adapter)
-    adapter = Adapter.load(request.adapter) if saved.name == LoraMethod.name else None
+    adapter = read_adapter(request.adapter) if saved.name == LoraMethod.name else None
     require_free(request.output)
     ref = request.base or (
         named_base(adapter.config, request.adapter / CONFIG_NAME, "--base")

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.data_init import initialise_from_data
 from lorakit.adapters.data_ranks import ChosenRanks, choose_ranks
 from lorakit.adapters.spec import DATA_INITS, DATA_RANKS, LoraSpec
+from lorakit.formats.peft import read_adapter
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraMethod
 from lorakit.train.objectives.base import ExampleSet
@@ -65,7 +65,7 @@ def keep_ranks(method: Method, adapter: Path) -> None:
     """Give a method whose ranks the data chose those of an adapter that it saved."""
     if not isinstance(method, LoraMethod) or method.spec.ranks not in DATA_RANKS:
         return
-    saved = Adapter.load(adapter)
+    saved = read_adapter(adapter)
     trained = saved.passport.get("trained_as")
     method.spec = saved.spec if trained is None else LoraSpec.from_dict(trained)
 
