@@ -22,8 +22,7 @@ from lorakit.formats.peft_config import CONFIG_NAME, named_base, read_config
 from lorakit.formats.peft_tensors import TENSORS_NAME, read_tensors, sort_tensors
 from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_config, load_tokenizer
-from lorakit.models.resolve import resolve_model
-from lorakit.models.stored import StoredParameters
+from lorakit.models.stored import missing_parameters
 from lorakit.models.task_head import (
     ClassificationHead,
     head_modules,
@@ -158,7 +157,7 @@ def _require_whole_head(
 ) -> None:
     """Refuse a head that would start at random where the adapter and the base both lack a part."""
     model = empty_classifier(load_config(ref), head)
-    missing = StoredParameters(resolve_model(ref).path, model).missing
+    missing = missing_parameters(ref, model)
     parts = (*head_modules(model), *unstored_modules(model, missing))
     inside = tuple(f"{part}." for part in parts)
     lacking = [n for n in missing if n.startswith(inside) and n not in learned]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -50,7 +51,7 @@ def weight_files(directory: str | Path) -> list[Path]:
             found=", ".join(pickles) if pickles else None,
             remedy="save the model with save_pretrained(..., safe_serialization=True)",
         )
-    files = [directory / name for name in _indexed_names(directory / _INDEX)]
+    files = [directory / name for name in _indexed_files(directory / _INDEX)]
     missing = [file.name for file in files if not _is_file(file)]
     if missing:
         raise ModelError(
@@ -129,7 +130,31 @@ def _tensor_bytes(shape: list[int], stored: str, dtype: torch.dtype | None) -> i
     return math.prod(shape) * _OTHER_BYTES.get(stored, 1)
 
 
-def _indexed_names(index: Path) -> list[str]:
+def indexed_tensors(directory: Path) -> frozenset[str] | None:
+    """The names of the tensors that the index of a sharded model lists; None without an index.
+
+    Raises:
+        ModelError: the index cannot be read.
+    """
+    index = directory / _INDEX
+    return frozenset(map(str, _weight_map(index))) if index.is_file() else None
+
+
+def _indexed_files(index: Path) -> list[str]:
+    weight_map = _weight_map(index)
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(
+            "the index of the weights names a file outside the model's directory",
+            where=str(index),
+            found=outside[0],
+            remedy="do not use this model: its index has been tampered with",
+        )
+    return names
+
+
+def _weight_map(index: Path) -> dict[Any, Any]:
     expected = 'a JSON object with "weight_map"'
     try:
         content = read_json(index)
@@ -143,16 +168,7 @@ def _indexed_names(index: Path) -> list[str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError("the index of the weights has no map", where=str(index), expected=expected)
-    names = sorted({str(name) for name in weight_map.values()})
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ModelError(
-            "the index of the weights names a file outside the model's directory",
-            where=str(index),
-            found=outside[0],
-            remedy="do not use this model: its index has been tampered with",
-        )
-    return names
+    return weight_map
 
 
 def copy_companions(directory: Path, output: Path) -> None:

@@ -25,8 +25,7 @@ from lorakit.models.empty import empty_classifier
 from lorakit.models.load import load_base_model, load_config
 from lorakit.models.loss_share import LossShare
 from lorakit.models.positions import num_positions
-from lorakit.models.resolve import resolve_model
-from lorakit.models.stored import StoredParameters
+from lorakit.models.stored import missing_parameters
 from lorakit.models.task_head import (
     ClassificationHead,
     head_modules,
@@ -93,8 +92,8 @@ class ClassifyObjective:
         """The head, and what of the body the base's files lack."""
         if not isinstance(model, PreTrainedModel):
             return ()
-        stored = StoredParameters(resolve_model(self._config.model.ref).path, model)
-        return (*head_modules(model), *unstored_modules(model, stored.missing))
+        missing = missing_parameters(self._config.model.ref, model)
+        return (*head_modules(model), *unstored_modules(model, missing))
 
     def build(self, rows: Rows, *, label: str) -> ClassifyExamples:
         """See `lorakit.data.classification.build_classification`."""
