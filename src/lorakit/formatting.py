@@ -65,5 +65,13 @@ def format_estimate(estimate: Mapping[str, Any], *, share: bool = True) -> str:
     return f"{value} [{low:.1f}, {high:.1f}]" if share else f"{value} [{low:.4g}, {high:.4g}]"
 
 
+def format_system(name: str) -> str:
+    """What answered, as words: base_2shot is "base, 2 examples shown"."""
+    who, _, shots = name.rpartition("_")
+    if who and shots.endswith("shot") and shots[:-4].isdecimal():
+        return f"{who}, {shots[:-4]} examples shown"
+    return name.replace("_", " ")
+
+
 def _short(value: float) -> str:
     return f"{value:.1f}" if abs(value) < 99.95 else f"{value:.0f}"

@@ -19,6 +19,7 @@ from lorakit.formatting import (
     format_estimate,
     format_number,
     format_share,
+    format_system,
 )
 from lorakit.train.share import trained_share
 
@@ -101,7 +102,7 @@ def _show_scores(result: dict[str, Any]) -> None:
     table = console.table(f"{asked} held-out questions", ["system", *labels], numbers=labels)
     for system in systems:
         cells = [format_estimate(result[system][metric]) for metric in metrics]
-        table.add_row(system.replace("_", ", "), *cells)
+        table.add_row(format_system(system), *cells)
     console.stdout().print(table)
     console.note("in brackets: 95 % intervals")
 
@@ -110,7 +111,7 @@ def _show_samples(samples: list[dict[str, Any]]) -> None:
     for sample in samples:
         *schema, question = sample["question"].split("\n")
         table = console.table(question, ["", "answer", "returns"])
-        table.caption = "\n".join(schema) or None
+        table.caption, table.caption_justify = "\n".join(schema) or None, "left"
         table.add_row("reference", sample["reference"], _rows(sample["reference_rows"]))
         for system, answer in sample["answers"].items():
             verdict = "[green]right[/]" if answer["ok"] else "[red]wrong[/]"

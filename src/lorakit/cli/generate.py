@@ -12,7 +12,7 @@ from lorakit.cli import console
 from lorakit.cli.session import Session, add_model_arguments, open_session, require_writer
 from lorakit.cli.settings import add_row_arguments, sft_options
 from lorakit.data.rows import Rows
-from lorakit.data.sft import render_prompt
+from lorakit.data.sft import question_text, render_prompt
 from lorakit.data.sources import load_rows
 from lorakit.errors import RequestError
 from lorakit.evaluate.generate import Answer, generate_answers
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         console.print_json(_record(session, rows, answers, seconds))
     else:
-        _show(session, prompts, answers, seconds)
+        asked = [question_text(row, options, where=rows.origin(i)) for i, row in enumerate(rows)]
+        _show(asked if args.file else [], answers, seconds)
     return 0
 
 
@@ -128,20 +129,19 @@ def _record(
     }
 
 
-def _show(
-    session: Session, prompts: list[list[int]], answers: dict[str, list[Answer]], seconds: float
-) -> None:
+def _show(asked: list[str], answers: dict[str, list[Answer]], seconds: float) -> None:
+    """Print the answers, below what was asked; a prompt from the command line is not repeated."""
     labelled = len(answers) > 1
-    if len(prompts) == 1 and not labelled:
+    if not asked and not labelled:
         (found,) = answers.values()
         console.print_text(found[0].text)
     else:
-        for index, prompt in enumerate(prompts):
-            asked = str(session.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
-            console.stdout().print(Text(asked, style="dim"))
-            for label, found in answers.items():
+        for index, texts in enumerate(zip(*answers.values(), strict=True)):
+            if asked:
+                console.stdout().print(Text(asked[index], style="dim"))
+            for label, answer in zip(answers, texts, strict=True):
                 prefix = f"{label}: " if labelled else ""
-                console.stdout().print(Text(prefix, style="bold") + Text(found[index].text))
+                console.stdout().print(Text(prefix, style="bold") + Text(answer.text))
             console.stdout().print()
     everything = [answer for found in answers.values() for answer in found]
     num_tokens = sum(answer.num_tokens for answer in everything)

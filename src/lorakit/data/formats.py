@@ -166,6 +166,17 @@ def answer_of(content: Content) -> str | None:
     return None
 
 
+def question_of(content: Content) -> str:
+    """What is asked last, as written: a prompt, or the turn before the answer; "" of plain text."""
+    if isinstance(content, Pair):
+        return content.prompt
+    if isinstance(content, Text):
+        return ""
+    turns = content.messages
+    asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return asked[-1]["content"] if asked else ""
+
+
 def _read_pair(row: Row, options: SftOptions, where: str) -> Content:
     names = (options.column("prompt"), options.column("completion"))
     prompt, completion = (row.get(name) for name in names)

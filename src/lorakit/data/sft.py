@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.data.builder import ExampleBuilder, Examples
 from lorakit.data.encode import IGNORED, Encoder, Example, eos_id
-from lorakit.data.formats import Content, Pair, answer_of, detect_format, read_content
+from lorakit.data.formats import Content, Pair, answer_of, detect_format, question_of, read_content
 from lorakit.data.options import SftOptions
 from lorakit.data.render import Renderer
 from lorakit.data.report import SftReport
@@ -27,6 +27,7 @@ __all__ = [
     "SftOptions",
     "SftReport",
     "build_examples",
+    "question_text",
     "reference_text",
     "render_prompt",
     "stop_token_ids",
@@ -104,6 +105,15 @@ def reference_text(row: Row, options: SftOptions | None = None, *, where: str = 
             remedy="evaluate on rows that have answers",
         )
     return answer
+
+
+def question_text(row: Row, options: SftOptions | None = None, *, where: str = "the row") -> str:
+    """What the row asks last, as it is written: to be shown, without template and system turn.
+
+    Raises:
+        DataError: the row fits no format.
+    """
+    return question_of(_content(row, options or SftOptions(), where)).strip()
 
 
 def stop_token_ids(

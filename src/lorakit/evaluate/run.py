@@ -138,6 +138,7 @@ class EvalResult:
         question = self.questions[index]
         return {
             "origin": question.origin,
+            "question": question.text,
             "prompt": self.prompts[index],
             "references": list(question.references),
             "answers": {

@@ -13,7 +13,7 @@ from lorakit.data.encode import Example
 from lorakit.data.formats import detect_format, is_answer
 from lorakit.data.options import SftOptions
 from lorakit.data.rows import Origin, Row, Rows
-from lorakit.data.sft import build_examples, reference_text, render_prompt
+from lorakit.data.sft import build_examples, question_text, reference_text, render_prompt
 from lorakit.errors import DataError
 from lorakit.evaluate import sql
 from lorakit.evaluate.options import EvalOptions
@@ -30,6 +30,7 @@ class Question:
         references: right answers, at least one.
         database: the SQLite file that a query is run on, if the task has one.
         reference_results: the rows that each reference returns from it.
+        text: what is asked, without the template.
     """
 
     rows: tuple[int, ...]
@@ -38,6 +39,7 @@ class Question:
     references: tuple[str, ...]
     database: Path | None = None
     reference_results: tuple[list[sql.Row], ...] = ()
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,8 @@ def _question(
     first = chosen[0]
     database = rows[first].get("database")
     path = None if database is None else _database_path(database, rows, first)
-    return Question(tuple(chosen), rows.origin(first), prompt_ids, unique, path)
+    text = question_text(rows[first], options.sft, where=rows.origin(first))
+    return Question(tuple(chosen), rows.origin(first), prompt_ids, unique, path, text=text)
 
 
 def _references_of(row: Row, options: SftOptions, where: str) -> list[str]:

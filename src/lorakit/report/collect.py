@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import RequestError
+from lorakit.report.details import details
 from lorakit.report.methods import methods_report
 from lorakit.report.ranks import rank_section
 from lorakit.report.schema import Curve, Report
-from lorakit.report.sections import certificate, comparison, details, samples, tiles
+from lorakit.report.sections import certificate, comparison, samples, subtitle, tiles
 from lorakit.report.sweeps import sweep_report
 
 # In this order: where two records bring a section, the first one counts.
@@ -100,7 +101,7 @@ def _from_records(directory: Path, records: Mapping[str, dict[str, Any]]) -> Rep
     found = [records[name] for name in _RECORDS if name in records]
     report: Report = {
         "title": next((str(r["title"]) for r in found if "title" in r), directory.resolve().name),
-        "subtitle": next((str(r["subtitle"]) for r in found if "subtitle" in r), ""),
+        "subtitle": next(filter(None, map(subtitle, found)), ""),
         "tiles": next(filter(None, map(tiles, found)), []),
         "samples": next(filter(None, map(samples, found)), []),
         "details": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +13,15 @@ from markupsafe import Markup
 
 from lorakit.files import write_text
 from lorakit.formatting import format_estimate, format_number, format_share
+from lorakit.report.details import readable, words
 from lorakit.report.figures import loss_curve
 from lorakit.report.method_figures import score_against_parameters, validation_curves
 from lorakit.report.schema import Cell, Report
 
 # A query may return a whole table: a sample shows its beginning.
 _MAX_ROWS = 5
+_NUMBER = re.compile(r"(about )?[-+±−]?\d[\d,.]*(e[-+]?\d+)?(\s|$|\*|x)")
+_EMPTY = ("", "–", "-", "refused", "none")
 
 
 def write_report(report: Report, path: str | Path) -> Path:
@@ -54,6 +58,7 @@ def render_report(report: Report) -> str:
     filters["value"] = _value_text
     filters["table_text"] = _table_text
     filters["drawing"] = Markup
+    filters["numeric"] = _numeric_columns
     curve = report.get("curve")
     plot = report.get("method_plot")
     curves = [c for c in report.get("method_curves", []) if any(c["runs"])]
@@ -65,13 +70,13 @@ def render_report(report: Report) -> str:
         "sections": [],
         "samples": [],
         "certificate": None,
-        "details": {},
         "command": "",
         **report,
         "method_plot": (
             Markup(score_against_parameters(plot)) if plot and plot["points"] else None
         ),
         "method_curves": Markup(validation_curves(curves)) if curves else None,
+        "details": readable(report.get("details", {})),
         "curve": Markup(loss_curve(curve)) if curve and curve["train"] else None,
         "written": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -111,13 +116,25 @@ def _mark(cell: Cell) -> dict[str, float] | None:
     return {"value": 100 * value, "low": 100 * low, "width": 100 * (high - low)}
 
 
+def _numeric_columns(rows: list[list[str]]) -> list[bool]:
+    """Which columns of a table hold numbers: every cell that is filled begins with one."""
+    return [
+        all(_NUMBER.match(cell) or cell in _EMPTY for cell in cells)
+        and not all(cell in _EMPTY for cell in cells)
+        for cells in zip(*rows, strict=True)
+    ]
+
+
 def _value_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return format_number(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value_text(inner)}" for key, inner in value.items()) or "none"
+        return (
+            ", ".join(f"{words(key)} {_value_text(inner)}" for key, inner in value.items())
+            or "none"
+        )
     if isinstance(value, list | tuple):
         return ", ".join(_value_text(inner) for inner in value) or "none"
     return "none" if value is None else str(value)

@@ -11,24 +11,13 @@ from lorakit.formatting import (
     format_duration,
     format_number,
     format_share,
+    format_system,
 )
+from lorakit.report.details import with_unit, words
 from lorakit.report.schema import Certificate, Comparison, ComparisonRow, Sample, Tile
 
 # Metrics that are not fractions of something, whatever their value.
 _NOT_SHARES = ("perplexity", "loss", "tokens", "seconds", "nats", "nist", "cider")
-# Shown elsewhere in the report, or for programs only.
-_NOT_DETAILS = (
-    "title",
-    "subtitle",
-    "tiles",
-    "samples",
-    "command",
-    "kind",
-    "systems",
-    "differences",
-    "outputs",
-    "metrics",
-)
 _MAX_SAMPLES = 8
 
 
@@ -47,14 +36,14 @@ def comparison(record: Mapping[str, Any]) -> Comparison | None:
         cells = [metrics.get(metric) for metrics in systems.values()]
         numbers = {cell["n"] for cell in cells if cell is not None and "n" in cell}
         row: ComparisonRow = {
-            "label": _words(metric),
+            "label": words(metric),
             "cells": cells,
             "share": _is_share(metric, cells),
         }
         if len(numbers) == 1:
             row["note"] = f"n = {format_count(numbers.pop())}"
         rows.append(row)
-    return {"columns": [_words(name) for name in systems], "rows": rows}
+    return {"columns": [format_system(name) for name in systems], "rows": rows}
 
 
 def certificate(record: Mapping[str, Any]) -> Certificate:
@@ -65,7 +54,7 @@ def certificate(record: Mapping[str, Any]) -> Certificate:
         passed = passed and error <= tolerance
     agree = "The live, the merged and the re-read model agree within the dtype's tolerance."
     facts = {
-        _words(key): _with_unit(key, value)
+        words(key): with_unit(key, value)
         for key, value in record.items()
         if key not in ("passed", "statement") and not isinstance(value, Mapping | list)
     }
@@ -100,6 +89,19 @@ def _is_share(metric: str, cells: list[dict[str, Any] | None]) -> bool:
     if any(word in metric.lower() for word in _NOT_SHARES):
         return False
     return all(cell is None or 0 <= cell["value"] <= 1 for cell in cells)
+
+
+def subtitle(record: Mapping[str, Any]) -> str:
+    """The line below the title: the record's own, else what was trained on what; "" of neither."""
+    if "subtitle" in record:
+        return str(record["subtitle"])
+    config, data = record.get("config"), record.get("data")
+    rows = data.get("train") if isinstance(data, Mapping) else None
+    if not isinstance(config, Mapping) or not isinstance(rows, Mapping) or "model" not in config:
+        return ""
+    method = str(config.get("method", "lora"))
+    learned = f"{format_count(rows['num_rows'])} rows of {rows['source']}"
+    return f"method {method} on {config['model']['ref']}, task {config['task']}, {learned}"
 
 
 def tiles(record: Mapping[str, Any]) -> list[Tile]:
@@ -150,7 +152,7 @@ def samples(record: Mapping[str, Any]) -> list[Sample]:
         return []
     return [
         {
-            "question": output["prompt"],
+            "question": output.get("question") or output["prompt"],
             "reference": "\n".join(output["references"]),
             "answers": {
                 name: {"text": answer["text"], "ok": _verdict(answer["scores"])}
@@ -159,40 +161,6 @@ def samples(record: Mapping[str, Any]) -> list[Sample]:
         }
         for output in outputs[:_MAX_SAMPLES]
     ]
-
-
-def details(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scalars under "Run", each dict of values under its own name; estimates are left out."""
-    groups: dict[str, dict[str, Any]] = {"Run": {}}
-    for key, value in record.items():
-        if key in _NOT_DETAILS or _holds_estimates(value):
-            continue
-        if key == "config" and isinstance(value, Mapping):
-            for section, inner in details(value).items():
-                name = "Config" if section == "Run" else f"Config: {section.lower()}"
-                groups.setdefault(name, {}).update(inner)
-        elif isinstance(value, Mapping):
-            groups[_words(key).capitalize()] = _facts(value)
-        elif _says_something(value):
-            groups["Run"][_words(key)] = _with_unit(key, value)
-    return {name: facts for name, facts in groups.items() if facts}
-
-
-def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for key, value in values.items():
-        if key == "ranks" and isinstance(value, Mapping):
-            continue  # one per site: drawn
-        if isinstance(value, Mapping):
-            inner = {_words(k): _with_unit(k, v) for k, v in value.items() if _says_something(v)}
-            value = inner
-        if _says_something(value):
-            facts[_words(key)] = _with_unit(key, value)
-    return facts
-
-
-def _says_something(value: object) -> bool:
-    return value not in (None, "", [], {}, ())
 
 
 def _verdict(scores: Mapping[str, float]) -> bool | None:
@@ -212,22 +180,3 @@ def _number(record: Mapping[str, Any], *names: str) -> float | None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return value
     return None
-
-
-def _holds_estimates(value: object) -> bool:
-    if is_estimate(value):
-        return True
-    return isinstance(value, Mapping) and any(_holds_estimates(inner) for inner in value.values())
-
-
-def _with_unit(key: str, value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if key.endswith("_bytes") or key == "bytes":
-            return format_bytes(value)
-        if key == "seconds" or (key.endswith("_s") and not key.endswith("_per_s")):
-            return format_duration(value)
-    return value
-
-
-def _words(key: str) -> str:
-    return str(key).replace("_", " ")

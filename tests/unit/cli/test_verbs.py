@@ -95,6 +95,17 @@ def test_generate_answers_a_file(answer, base, data):
     assert [found["origin"].rsplit(" ", 1)[1] for found in result["answers"]] == ["1", "2", "3"]
 
 
+def test_generate_shows_questions_without_the_template(capsys, base, run_directory, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+2", "completion": "3"}\n')
+    words = ["--adapter", str(run_directory / "adapter"), "--max-new-tokens", "3"]
+    words += ["--system", "Add."]
+    assert main(["generate", "--file", str(rows), *words]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "1+2"
+    assert main(["generate", "1+2", *words, "--compare"]) == 0
+    assert capsys.readouterr().out.startswith("base: ")
+
+
 @pytest.mark.parametrize(
     "words", [["generate"], ["generate", "hi"], ["generate", "hi", "--file", "x.jsonl"]]
 )

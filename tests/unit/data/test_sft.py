@@ -18,6 +18,7 @@ from tokenizers_for_tests import (
 from lorakit.data.sft import (
     SftOptions,
     build_examples,
+    question_text,
     reference_text,
     render_prompt,
     stop_token_ids,
@@ -527,3 +528,26 @@ def test_tools_of_another_kind_are_refused(tools):
     with pytest.raises(DataError, match="a value of the wrong kind") as caught:
         one({**TWO_TURNS, "tools": tools}, make_tokenizer(WITH_TOOLS))
     assert "column 'tools'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "Why?", "completion": "So."}, "Why?"),
+        ({"instruction": "Add.", "input": "1+2", "output": "3"}, "Add.\n\n1+2"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "One?"},
+                    {"role": "assistant", "content": "1"},
+                    {"role": "user", "content": "Two?"},
+                    {"role": "assistant", "content": "2"},
+                ]
+            },
+            "Two?",
+        ),
+    ],
+)
+def test_what_a_row_asks_is_said_without_the_template(row, asked):
+    assert question_text(row) == asked

@@ -90,6 +90,7 @@ def test_every_metric_at_once(model, tokenizer, rows) -> None:
     assert len(record["outputs"]) == 2
     assert record["outputs"][1]["origin"] == "test.jsonl line 2"
     assert record["outputs"][1]["prompt"] == "w1 w2"
+    assert record["outputs"][1]["question"] == "w1 w2"
     assert len(result.to_json()["outputs"]) == 8
 
 

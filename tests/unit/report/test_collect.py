@@ -51,7 +51,7 @@ def run(tmp_path):
 def test_a_demo_directory_becomes_a_report(run):
     report = collect(run)
     table = report["comparison"]
-    assert table["columns"] == ["base", "base 2shot", "adapter"]
+    assert table["columns"] == ["base", "base, 2 examples shown", "adapter"]
     accuracy, perplexity = table["rows"]
     assert [cell["value"] for cell in accuracy["cells"]] == [0.03, 0.09, 0.83]
     assert (accuracy["share"], accuracy["note"]) == (True, "n = 160")
@@ -111,3 +111,14 @@ def test_a_directory_without_records_or_no_directory_is_refused(tmp_path):
         collect(tmp_path)
     with pytest.raises(RequestError, match="no such run directory"):
         collect(tmp_path / "absent")
+
+
+def test_a_run_without_a_subtitle_says_what_was_trained_on_what(tmp_path):
+    record = {
+        "config": {"model": {"ref": "tiny"}, "method": "lora", "task": "sft"},
+        "data": {"train": {"source": "rows.jsonl", "num_rows": 1200}},
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert collect(tmp_path)["subtitle"] == (
+        "method lora on tiny, task sft, 1,200 rows of rows.jsonl"
+    )

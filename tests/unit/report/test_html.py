@@ -149,6 +149,48 @@ def test_a_place_that_cannot_be_written_is_an_output_error(report, tmp_path):
         write_report(report, tmp_path / "file" / "report.html")
 
 
+def test_details_are_readable(report):
+    report["details"] = {
+        "Hardware": {"num_cores": 2, "memory_bytes": 25_276_510_208},
+        "Data": {
+            "train": {"source": "train.jsonl", "sha256": "ab" * 32, "report": {"num_rows": 44}},
+            "seen": {"this_call_s": 2.5, "all_s": 61.0},
+        },
+        "Run": {"finished_at": "2026-11-23T07:54:21+00:00"},
+        "Merge": {"layers": [{"layer": 0, "max_abs_error": 1e-6}], "by": "shard"},
+    }
+    html = render_report(report)
+    for text in (
+        "25.3 GB",
+        "2026-11-23 07:54 UTC",
+        "Data: train<",
+        "rows 44<",
+        "<dt>memory</dt>",
+        "abababababab<",
+    ):
+        assert text in html
+    assert "this call 2.5 s, all 1 min 1 s" in html
+    for text in ("memory_bytes", "ab" * 7, "max_abs_error", "this_call"):
+        assert text not in html
+
+
+def test_columns_of_numbers_are_flush_right(report):
+    report["methods"] = {
+        "columns": ["arm", "trained", "settings"],
+        "rows": [["a", "1,221,120", "r=4"], ["b", "–", "r=8"], ["c", "0.45 ± 0.1", ""]],
+    }
+    html = render_report(report)
+    assert '<th scope="col" class="number">trained</th>' in html
+    assert '<td class="number">0.45 ± 0.1</td>' in html
+    assert '<th scope="col">settings</th>' in html
+
+
+def test_drawings_and_tables_are_named_for_those_who_do_not_see_them(report):
+    html = render_report(report)
+    assert '<div class="figure" role="img" aria-label="Loss: ' in html
+    assert html.count("<th ") == html.count('<th scope="col"')
+
+
 @pytest.mark.browser
 def test_chromium_draws_the_whole_page(report, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
