@@ -27,7 +27,7 @@ from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.plan import AdapterPlan, plan_adapter
 from lorakit.adapters.saving import AttachedAdapters, save_learned_only, save_whole_again
 from lorakit.adapters.spec import LoraSpec, require_chosen
-from lorakit.adapters.targets import base_modules, text_config
+from lorakit.adapters.targets import bare_model, base_modules, text_config
 from lorakit.errors import StateError
 from lorakit.layers.adapted import AdaptedLayer, Wrapper, module_key
 from lorakit.layers.kinds import KINDS, kind_of
@@ -63,6 +63,7 @@ def place_adapter(
     model: nn.Module, plan: AdapterPlan | LoraSpec, name: str, *, fill: bool
 ) -> AdapterPlan:
     """See `attach`; without `fill` the factors have no values yet, the caller gives them."""
+    model = bare_model(model)
     check_name(name)
     record = find_attachments(model)
     if record and name in record.plans:
@@ -226,7 +227,7 @@ def _replace(
 
 def active_adapter(model: nn.Module) -> str | tuple[str | None, ...] | None:
     """What runs now: a name, None for the base, or one of those per row."""
-    record = find_attachments(model)
+    record = find_attachments(bare_model(model))
     return record.routing.active if record else None
 
 
@@ -246,25 +247,38 @@ def use(model: nn.Module, selection: str | Sequence[str | None] | None) -> Itera
         StateError: an unknown name, an empty list, a merged adapter that would be left out, or rows
             of an architecture whose adapted layers compute once for all rows.
     """
-    record = find_attachments(model)
-    if record is None and selection is None:
+    bare = bare_model(model)
+    if selection is None and find_attachments(bare) is None:
+        _refuse_attached_elsewhere(bare)
         yield model
         return
-    record = attachments_of(model)
+    record = attachments_of(bare)
     wanted = selection if selection is None or isinstance(selection, str) else tuple(selection)
     if wanted == ():
         raise StateError("no row is named", expected="one adapter name (or None) per row")
     for name in dict.fromkeys(wanted if isinstance(wanted, tuple) else (wanted,)):
         if name is not None:
-            require_attached(model, name)
+            require_attached(bare, name)
     if isinstance(wanted, tuple) and len(wanted) > 1:
-        _require_own_rows(model)
+        _require_own_rows(bare)
     before = record.routing.active
     record.routing.select(wanted)
     try:
         yield model
     finally:
         record.routing.resume(before)
+
+
+def _refuse_attached_elsewhere(model: nn.Module) -> None:
+    """A part of the model, or what it is a part of, would run with the adapter on."""
+    for module in model.modules():
+        if isinstance(module, Wrapper) or find_attachments(module) is not None:
+            raise StateError(
+                "adapters are in this module, and were attached to another one",
+                where=type(model).__name__,
+                expected="the model that was given to attach",
+                remedy="use(that model, None)",
+            )
 
 
 def _require_own_rows(model: nn.Module) -> None:
@@ -295,6 +309,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     Raises:
         StateError: no adapter of that name is attached.
     """
+    model = bare_model(model)
     record = attachments_of(model)
     names = list(record.plans) if name is None else [name]
     for gone in names:

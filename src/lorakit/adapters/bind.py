@@ -23,7 +23,7 @@ from lorakit.adapters.parameters import fit_parameters, whole_parameters
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
-from lorakit.adapters.targets import base_modules, input_embedding
+from lorakit.adapters.targets import bare_model, base_modules, input_embedding
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.kinds import kind_of
@@ -61,6 +61,7 @@ def bind_adapter(
         BaseMismatchError: the passport names another base.
         StateError: the name is taken or cannot be one.
     """
+    model = bare_model(model)
     check_name(name)
     refuse_merged(model)
     modules = base_modules(model)

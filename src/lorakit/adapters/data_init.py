@@ -13,6 +13,7 @@ from lorakit.adapters.attach import use
 from lorakit.adapters.attachments import adapted_layers, refuse_merged, require_attached
 from lorakit.adapters.spec import DATA_INITS
 from lorakit.adapters.state import data_was_seen
+from lorakit.adapters.targets import bare_model
 from lorakit.adapters.watches import GradientWatch, InputWatch, Watch, watching
 from lorakit.errors import DataError, StateError
 from lorakit.layers.adapted import AdaptedLayer
@@ -57,6 +58,7 @@ def initialise_from_data(
         StateError: no such adapter, one that starts otherwise, or one that has its start.
         DataError: no batch, or too few different tokens for the rank.
     """
+    model = bare_model(model)
     plan = require_attached(model, name)
     refuse_merged(model)
     layers = [layer for layer in adapted_layers(model) if layer.branch_of(name) is not None]

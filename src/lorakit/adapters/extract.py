@@ -18,7 +18,7 @@ from lorakit.adapters.identity import base_facts
 from lorakit.adapters.plan import AdapterPlan, Site, whole_modules
 from lorakit.adapters.ranks import spec_of_factors
 from lorakit.adapters.spec import NONZERO_INITS, LoraSpec
-from lorakit.adapters.targets import base_modules
+from lorakit.adapters.targets import bare_model, base_modules
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.low_rank import Branch, LowRank
 from lorakit.layers.updates import base_norms as rows_of_base
@@ -39,6 +39,7 @@ def adapter_from_model(
     Raises:
         StateError: no adapter of that name is attached.
     """
+    model = bare_model(model)
     plan = require_attached(model, name)
     record = attachments_of(model)
     factors: dict[str, Factors] = {}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.targets import base_modules
+from lorakit.adapters.targets import bare_model, base_modules
 from lorakit.weights.nf4 import FourBitWeight, is_four_bit, source_of
 
 SAMPLES_PER_TENSOR = 16
@@ -96,7 +96,7 @@ def fingerprint(model: nn.Module, *, left_out: Sequence[str] = ()) -> Fingerprin
             counts as what it was before; one that was quantized elsewhere as what it is now.
         left_out: modules whose parameters do not count.
     """
-    return fingerprint_of(_base_parameters(model, tuple(left_out)), left_out=left_out)
+    return fingerprint_of(_base_parameters(bare_model(model), tuple(left_out)), left_out=left_out)
 
 
 def fingerprint_of(samples: Iterable[Sampled], *, left_out: Sequence[str] = ()) -> Fingerprint:

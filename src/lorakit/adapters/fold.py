@@ -20,6 +20,7 @@ from lorakit.adapters.attachments import (
 from lorakit.adapters.fingerprint import fingerprint
 from lorakit.adapters.plan import whole_modules
 from lorakit.adapters.quantized import leave_dense, restore_skips
+from lorakit.adapters.targets import bare_model
 from lorakit.errors import MergeError, StateError
 from lorakit.layers.adapted import AdaptedLayer
 from lorakit.layers.thawed import ThawedWeight
@@ -73,6 +74,7 @@ def merge(
         StateError: not attached, or another adapter is merged already.
         MergeError: a merged weight would not be finite; nothing is changed.
     """
+    model = bare_model(model)
     plan = require_attached(model, name)
     refuse_merged(model)
     record = attachments_of(model)
@@ -124,6 +126,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         StateError: nothing is merged.
     """
+    model = bare_model(model)
     record = attachments_of(model)
     if not record.routing.merged:
         raise StateError("no adapter is merged", remedy="merge(model, name) first")

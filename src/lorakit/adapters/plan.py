@@ -14,7 +14,7 @@ from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
 from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.spec import AUTO, DATA_INITS, MOVING, NONZERO_INITS, LoraSpec
-from lorakit.adapters.targets import Candidate, base_modules, matches, resolve_targets
+from lorakit.adapters.targets import Candidate, bare_model, base_modules, matches, resolve_targets
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
 from lorakit.layers.rows import Rows
@@ -140,6 +140,7 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
         SpecError: the spec asks for what cannot be done here, with the reason.
         StateError: a method other than LoRA is on the model.
     """
+    model = bare_model(model)
     refuse_occupied(model, "lora")
     modules = base_modules(model)
     whole = [site.module for site in modules_beside(spec.also_train, modules)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lorakit.adapters.architectures import uncalled
 from lorakit.adapters.fused import fused_parts
@@ -35,6 +36,17 @@ class Candidate:
     module: nn.Module
     kind: LayerKind
     rows: Rows | None = None
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, DataParallel and DDP put around it; else itself."""
+    while True:
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif (compiled := model._modules.get("_orig_mod")) is not None:
+            model = compiled
+        else:
+            return model
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:

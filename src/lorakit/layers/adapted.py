@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from lorakit.layers.routing import Routing, TokenSpans, row_groups, row_spans
 from lorakit.weights.storage import base_weight
 
 
-@cache
 def module_key(name: str) -> str:
     """An adapter's name as a key of nn.ModuleDict, which forbids dots and its own attributes."""
     return "@" + name.replace(".", "·")

@@ -36,6 +36,8 @@ class Routing:
     @property
     def spans(self) -> TokenSpans | None:
         """The stretches of the packed batch that runs in this thread; None: it is not packed."""
+        if not self._spans:  # also what torch.compile traces: it cannot ask for the thread
+            return None
         return self._spans.get(get_ident(), self._spans.get(None))
 
     def lay_out(self, spans: TokenSpans | None) -> None:
