@@ -60,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     answers = {label: _answers(session, label, prompts, args) for label in systems}
     seconds = time.monotonic() - started
+    asked = [question_text(row, options, where=rows.origin(i)) for i, row in enumerate(rows)]
     if args.json:
-        console.print_json(_record(session, rows, answers, seconds))
+        given = [str(session.tokenizer.decode(p, skip_special_tokens=True)) for p in prompts]
+        console.print_json(_record(session, rows, asked, given, answers, seconds))
     else:
-        asked = [question_text(row, options, where=rows.origin(i)) for i, row in enumerate(rows)]
         _show(asked if args.file else [], answers, seconds)
     return 0
 
@@ -106,7 +107,12 @@ def _answers(
 
 
 def _record(
-    session: Session, rows: Rows, answers: dict[str, list[Answer]], seconds: float
+    session: Session,
+    rows: Rows,
+    asked: list[str],
+    given: list[str],
+    answers: dict[str, list[Answer]],
+    seconds: float,
 ) -> dict[str, Any]:
     return {
         "model": session.ref,
@@ -114,6 +120,8 @@ def _record(
         "answers": [
             {
                 "origin": rows.origin(index),
+                "question": asked[index],
+                "prompt": given[index],
                 **{
                     label: {
                         "text": found[index].text,

@@ -188,10 +188,15 @@ def test_generate_reads_the_columns_of_a_file(answer, base, other_columns, tmp_p
     assert (code, result["error"]["type"]) == (2, "RequestError")
 
 
-def test_generate_asks_as_the_adapter_was_trained(trained_otherwise, other_columns, capsys):
+def test_generate_asks_as_the_adapter_was_trained(answer, trained_otherwise, other_columns, capsys):
     words = ["generate", "--file", str(other_columns), "--adapter", str(trained_otherwise)]
-    assert main([*words, "--max-new-tokens", "2", "--compare"]) == 0
+    words += ["--max-new-tokens", "2"]
+    code, result = answer(*words)
+    assert code == 0
+    assert [each["question"] for each in result["answers"]] == ["0+1", "1+1", "2+1", "3+1"]
+    assert all(each["prompt"].startswith("Add.") for each in result["answers"])
+    assert main([*words, "--compare"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("Add.")
+    assert out.startswith("0+1")
     for system in ("base", "adapter"):
         assert f"answering, {system}:" in err

@@ -82,9 +82,9 @@ def test_generate_answers_with_the_adapter_and_with_both(answer, base, run_direc
     code, result = answer("generate", "1+2", *adapter, "--compare", "--max-new-tokens", 5)
     assert code == 0
     assert result["model"] == str(base)
-    assert set(result["answers"][0]) == {"origin", "base", "adapter"}
+    assert set(result["answers"][0]) == {"origin", "question", "prompt", "base", "adapter"}
     code, only = answer("generate", "1+2", *adapter, "--max-new-tokens", 5)
-    assert set(only["answers"][0]) == {"origin", "adapter"}
+    assert set(only["answers"][0]) == {"origin", "question", "prompt", "adapter"}
     assert only["answers"][0]["adapter"] == result["answers"][0]["adapter"]
 
 
