@@ -18,6 +18,8 @@ from transformers import (
     BloomForCausalLM,
     DebertaV2Config,
     DebertaV2Model,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FalconConfig,
     FalconForCausalLM,
     Gemma3ForCausalLM,
@@ -148,6 +150,25 @@ def gpt_oss() -> PreTrainedModel:
     """GPT-OSS: experts that are stored as (in, out) and have biases."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
     return GptOssForCausalLM(GptOssConfig(**{**_GQA, **experts}, head_dim=8))
+
+
+def deepseek_v3() -> PreTrainedModel:
+    """A dense block, then one of stacked experts beside a shared one."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
+    sizes = {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": 24, "v_head_dim": 8}
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **_TEXT,
+            **_LAYERS,
+            **experts,
+            **ranks,
+            **sizes,
+            first_k_dense_replace=1,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def _llama() -> PreTrainedModel:

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.bind import plan_binding
+from lorakit.adapters.parameters import stacked_parameters
+from lorakit.adapters.targets import model_type_of
 from lorakit.errors import AdapterFileError, LorakitWarning, RequestError, WorkError
 from lorakit.files import atomic_directory, require_free
 from lorakit.formats.compared import differences
@@ -88,12 +90,6 @@ def convert(
     _check_options(options, source_format, to)
     if to in EXPERT_LAYOUTS:
         return _convert_experts(source, output, to, base)
-    if source_format == PEFT and has_experts(source):
-        raise RequestError(
-            "this adapter changes stacked expert weights, which only PEFT's own layouts hold",
-            where=str(source),
-            expected=f"--to {' or '.join(EXPERT_LAYOUTS)}",
-        )
     ref = base or _named_base(source, source_format)
     given = Conversion(
         model=_base_model(source, source_format, ref),
@@ -103,6 +99,12 @@ def convert(
         prefix=options.prefix,
     )
     adapter = _read(source, source_format, given)
+    if stacked_parameters(adapter):
+        raise RequestError(
+            "this adapter changes stacked expert weights, which only PEFT's own layouts hold",
+            where=str(source),
+            expected=f"--to {' or '.join(EXPERT_LAYOUTS)}",
+        )
     written, error = write_as(adapter, output, to, given)
     return {
         "from": source_format,
@@ -190,7 +192,7 @@ def _refuse_one_by_one(source: Path, given: Conversion) -> None:
 def _write(adapter: Adapter, staging: Path, to: str, given: Conversion) -> Path:
     if to == PEFT:
         inside = staging / "peft"
-        write_adapter(adapter, inside)
+        write_adapter(adapter, inside, model_type=model_type_of(given.model))
         for file in inside.iterdir():
             file.rename(staging / file.name)
         inside.rmdir()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lorakit.adapters.architectures import shared_by_rows
+from lorakit.adapters.architectures import rows_not_apart
 from lorakit.adapters.attachments import (
     Attachments,
     adapted_layers,
@@ -245,7 +245,7 @@ def use(model: nn.Module, selection: str | Sequence[str | None] | None) -> Itera
 
     Raises:
         StateError: an unknown name, an empty list, a merged adapter that would be left out, or rows
-            of an architecture whose adapted layers compute once for all rows.
+            of an architecture whose adapted layers do not see them one by one.
     """
     bare = bare_model(model)
     if selection is None and find_attachments(bare) is None:
@@ -283,14 +283,13 @@ def _refuse_attached_elsewhere(model: nn.Module) -> None:
 
 def _require_own_rows(model: nn.Module) -> None:
     leaves = [layer.name.rpartition(".")[2] for layer in adapted_layers(model)]
-    shared = shared_by_rows(text_config(model), leaves)
-    if shared:
+    reason = rows_not_apart(text_config(model), leaves)
+    if reason is not None:
         raise StateError(
             "rows cannot have adapters of their own in this architecture",
             where=type(model).__name__,
             expected="one adapter (or None) for the whole batch",
-            found=f"{', '.join(shared)} are adapted and compute relative positions once for all "
-            "rows",
+            found=reason,
             remedy="run a batch per adapter: use(model, name)",
         )
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.attachments import find_attachments
 from lorakit.adapters.fingerprint import Fingerprint, fingerprint
-from lorakit.adapters.targets import base_modules
+from lorakit.adapters.targets import base_modules, model_type_of
 from lorakit.errors import BaseMismatchError
 from lorakit.weights.storage import storage_of
 
@@ -41,7 +41,7 @@ def base_facts(model: nn.Module, left_out: Sequence[str] = ()) -> dict[str, Any]
         "architecture": next(
             kind.__name__ for kind in type(model).__mro__ if not issubclass(kind, FSDPModule)
         ),
-        "model_type": str(getattr(config, "model_type", "")),
+        "model_type": model_type_of(model),
         "storage": storage_of(base_modules(model).values()),
     }
 

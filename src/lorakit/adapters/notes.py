@@ -10,8 +10,6 @@ from torch import nn
 
 from lorakit.layers.kinds import Shape
 
-_EXPERT_LEAVES = frozenset({"gate_proj", "up_proj", "down_proj"})
-
 
 class _Sized(Protocol):
     @property
@@ -51,14 +49,14 @@ def tie_notes(modules: Mapping[str, nn.Module], changed: Sequence[str]) -> list[
 
 
 def expert_notes(
-    modules: Mapping[str, nn.Module], targets: Sequence[str], adapted: Iterable[str]
+    modules: Mapping[str, nn.Module], targets: Sequence[str], taken: Sequence[str]
 ) -> list[str]:
     """Say what stacked expert weights, which are single tensors, mean for an adapter.
 
     Args:
         modules: the base's modules by name.
         targets: as the user wrote them.
-        adapted: modules that get an update.
+        taken: adapted layers that PEFT will take for experts.
     """
     stacked = [
         f"{name}.{parameter_name}"
@@ -73,12 +71,9 @@ def expert_notes(
             f"{len(stacked)} stacks of expert weights are not adapted, first {stacked[0]}: they "
             "are single tensors, not layers"
         )
-    # PEFT's _convert_peft_config_moe, 0.19 to 0.21: by the last component of a target alone.
-    taken = [name for name in adapted if name.rpartition(".")[2] in _EXPERT_LEAVES]
-    if taken and any(name.endswith(".gate_up_proj") for name in stacked):
+    if taken:
         notes.append(
-            f"PEFT from 0.19 on takes {taken[0]} and others of its name for the stacked experts "
-            "in most architectures that have such, and then does not load this adapter; lorakit "
-            "does, and a merged model needs no PEFT"
+            f"PEFT from 0.19 on takes {taken[0]} and others of its name for experts, and does not "
+            "load a DoRA adapter on them; lorakit does, and a merged model needs no PEFT"
         )
     return notes

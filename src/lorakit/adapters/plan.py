@@ -10,11 +10,19 @@ from typing import TypeVar
 
 from torch import nn
 
+from lorakit.adapters.architectures import taken_for_experts
 from lorakit.adapters.budget import budget_params, equal_rank
 from lorakit.adapters.notes import expert_notes, rank_notes, tie_notes
 from lorakit.adapters.occupied import refuse_occupied
 from lorakit.adapters.spec import AUTO, DATA_INITS, MOVING, NONZERO_INITS, LoraSpec
-from lorakit.adapters.targets import Candidate, bare_model, base_modules, matches, resolve_targets
+from lorakit.adapters.targets import (
+    Candidate,
+    bare_model,
+    base_modules,
+    matches,
+    model_type_of,
+    resolve_targets,
+)
 from lorakit.errors import LorakitWarning, SpecError, TargetError, nearest
 from lorakit.layers.kinds import KINDS, Shape
 from lorakit.layers.rows import Rows
@@ -155,10 +163,11 @@ def plan_adapter(model: nn.Module, spec: LoraSpec) -> AdapterPlan:
     biases = _other_biases(spec, modules, sites, beside)
     changed = [site.module for site in (*sites, *beside)]
     targets = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+    taken = taken_for_experts(model_type_of(model), (site.module for site in sites))
     notes = [
         *rank_notes(sites),
         *tie_notes(modules, changed),
-        *expert_notes(modules, targets, changed),
+        *expert_notes(modules, targets, taken if spec.update == "dora" else []),
     ]
     for note in notes:
         warnings.warn(note, LorakitWarning, stacklevel=2)

@@ -274,6 +274,11 @@ def _call(model: nn.Module, method: str) -> Any:
     return function() if callable(function) else None
 
 
+def model_type_of(model: nn.Module) -> str:
+    """The architecture as transformers names it; empty for a model that is not transformers'."""
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
 def text_config(model: nn.Module) -> Any:
     """The transformers configuration of the model's text part, or None."""
     config = getattr(model, "config", None)

@@ -110,10 +110,19 @@ def load_adapter(
     return adapter
 
 
-def write_adapter(adapter: Adapter, path: Path, *, replace: bool = False) -> None:
-    """Write the adapter's directory; see `save_adapter`."""
+def write_adapter(
+    adapter: Adapter, path: Path, *, replace: bool = False, model_type: str | None = None
+) -> None:
+    """Write the adapter's directory; see `save_adapter`.
+
+    Args:
+        adapter: what is written.
+        path: a directory that does not exist yet, or is empty.
+        replace: write over an earlier adapter of that path.
+        model_type: the base's, as transformers names it, where the passport does not say it.
+    """
     tensors, stacked, parameters = _stored_tensors(adapter)
-    config = config_for(adapter, stacked, parameters)
+    config = config_for(adapter, stacked, parameters, model_type=model_type)
     with atomic_directory(path, replace=replace) as staging:
         save_file(tensors, str(staging / TENSORS_NAME), metadata={"format": "pt"})
         write_json(staging / CONFIG_NAME, dict(sorted(config.items())))
@@ -237,12 +246,15 @@ def _factors_of_file(
             lacking = "B" if "A" in pair else "A"
             problems.append(f"missing: {module}: lora_{lacking}")
             continue
-        if module in parameters:
-            name = parameters[module]
-            sizes = _sizes(config, name)
+        name = parameters.get(module, module)
+        sizes = _sizes(config, name)
+        if module in parameters and module not in records:
             found = parameter_factors(name, pair, spec, sizes=sizes, config=config)
         else:
-            found = _module_factors(config, spec, module, pair, records.get(module, []))
+            # Also a layer that is written as a parameter, for PEFT alone.
+            found = _module_factors(
+                config, spec, module, pair, records.get(module, []), sizes=sizes
+            )
         if isinstance(found, str):
             problems.append(found)
         else:
@@ -256,8 +268,10 @@ def _module_factors(
     module: str,
     pair: Mapping[str, Tensor],
     records: list[SiteRecord],
+    *,
+    sizes: tuple[int, float],
 ) -> dict[str, Factors] | str:
-    whole = _whole_factors(config, spec, module, pair)
+    whole = _whole_factors(config, spec, module, pair, sizes)
     if isinstance(whole, str):
         return whole
     if not parts_fit(records, whole):
@@ -279,7 +293,11 @@ def _in_order(
 
 
 def _whole_factors(
-    config: Mapping[str, Any], spec: LoraSpec, module: str, pair: Mapping[str, Tensor]
+    config: Mapping[str, Any],
+    spec: LoraSpec,
+    module: str,
+    pair: Mapping[str, Tensor],
+    sizes: tuple[int, float],
 ) -> Factors | str:
     """One module's update as the file has it, or what is wrong with it."""
     A, B = pair["A"], pair["B"]
@@ -288,7 +306,7 @@ def _whole_factors(
             f"misshapen: {module}: A {tuple(A.shape)}, B {tuple(B.shape)} hold no numbers (saved "
             "without gathering the parts of a ZeRO-3 or FSDP run?)"
         )
-    r, alpha = _sizes(config, module)
+    r, alpha = sizes
     if A.ndim < 2 or A.shape[0] != r or B.ndim < 2 or B.shape[1] != r:
         return f"misshapen: {module}: rank {r}, but A {tuple(A.shape)}, B {tuple(B.shape)}"
     if "embedding" in pair:

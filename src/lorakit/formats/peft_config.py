@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.adapters.architectures import taken_for_experts
 from lorakit.adapters.spec import LoraSpec
 from lorakit.errors import AdapterFileError, LorakitWarning, SpecError
 from lorakit.files import read_json
@@ -220,6 +221,8 @@ def config_for(
     adapter: Adapter,
     stacked: Mapping[str, tuple[int, float]],
     parameters: Mapping[str, tuple[int, float]],
+    *,
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """The configuration PEFT needs to compute what we compute.
 
@@ -227,8 +230,12 @@ def config_for(
         adapter: what is written.
         stacked: module -> (rank, scaling) as they stand in the tensor file.
         parameters: the same of adapted parameters.
+        model_type: the base's, as transformers names it; None: what the passport says, if it does.
     """
     spec = adapter.spec
+    as_parameters = _as_parameters(adapter, model_type)
+    parameters = {**{f"{m}.weight": stacked[m] for m in as_parameters}, **parameters}
+    stacked = {m: size for m, size in stacked.items() if m not in as_parameters}
     sizes = {**stacked, **parameters}
     alphas = {m: alpha_for(s, r, spec.scaling) for m, (r, s) in sizes.items()}
     ranks = {m: r for m, (r, _) in sizes.items()}
@@ -242,8 +249,9 @@ def config_for(
         "auto_mapping": adapter.config.get("auto_mapping"),
         "r": r,
         "lora_alpha": _plain(alpha),
-        "lora_dropout": spec.dropout,
-        "target_modules": _target_modules(adapter) or list(stacked),
+        # PEFT drops nothing out of a parameter's input, and refuses to.
+        "lora_dropout": 0.0 if as_parameters else spec.dropout,
+        "target_modules": _target_modules(adapter, as_parameters) or list(stacked),
         "modules_to_save": _modules_to_save(adapter) or None,
         "bias": spec.bias,
         "use_rslora": spec.scaling == "alpha/sqrt(r)",
@@ -260,12 +268,26 @@ def config_for(
     return {**adapter.config, **own, **parameter_config(adapter, parameters)}
 
 
-def _target_modules(adapter: Adapter) -> list[str]:
+def _as_parameters(adapter: Adapter, model_type: str | None) -> list[str]:
+    """The layers whose weight PEFT must be given as a parameter, where it can adapt it as one."""
+    if adapter.spec.update != "lora":
+        return []
+    base = adapter.passport.get("base")
+    if model_type is None and isinstance(base, Mapping):
+        model_type = str(base.get("model_type"))
+    layers = dict.fromkeys(f.module for f in adapter.factors.values() if f.stack is None)
+    return taken_for_experts(model_type or "", layers)
+
+
+def _target_modules(adapter: Adapter, left_out: Collection[str] = ()) -> list[str]:
     """The names that the adapter was given for its targets; none if one is an expression.
+
+    Those of layers that are left out are not among them.
 
     PEFT takes a string for an expression, and every entry of a list for the end of a name.
     """
-    names = list(adapter.target_modules)
+    leaves = {module.rpartition(".")[2] for module in left_out}
+    names = [n for n in adapter.target_modules if n.rpartition(".")[2] not in leaves]
     return names if all(re.fullmatch(r"[\w.-]+", name) for name in names) else []
 
 

@@ -12,8 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     CodeGenConfig,
     DebertaV2Config,
-    DeepseekV3Config,
     Llama4TextConfig,
+    LongformerConfig,
     MambaConfig,
     PersimmonConfig,
     PretrainedConfig,
@@ -72,29 +72,19 @@ def test_a_router_that_is_a_linear_layer_is_left_alone() -> None:
     assert not torch.allclose(tiny_models.outputs(model, tiny_models.inputs(model)), before)
 
 
-def test_peft_takes_linear_layers_beside_stacked_experts_for_experts() -> None:
-    config = DeepseekV3Config(
-        **_SIZES,
-        **_MLP,
-        **_ENDS,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=24,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=1,
-    )
+def test_peft_does_not_know_dora_on_what_it_takes_for_experts() -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = tiny_models.deepseek_v3()
+
+    def about_peft(targets: str, **given: str) -> bool:
+        notes = plan_adapter(model, LoraSpec(targets=targets, **given)).notes
+        return any("PEFT" in note for note in notes)
+
     with pytest.warns(LorakitWarning):
-        notes = plan_adapter(model, LoraSpec(targets="mlp")).notes
-    assert any("does not load this adapter" in note for note in notes)
-    assert not any("PEFT" in n for n in plan_adapter(model, LoraSpec(targets="attention")).notes)
+        assert about_peft("mlp", update="dora")
+    with pytest.warns(LorakitWarning):
+        assert not about_peft("mlp")
+    assert not about_peft("attention", update="dora")
 
 
 def test_attentions_that_are_numbered_instead_of_blocks() -> None:
@@ -143,6 +133,28 @@ def test_qv_moves_the_rows_of_q_and_v(
     moved = split(caught[0] - caught[1])
     assert not moved["k"].any()
     assert all((moved[part] != 0).float().mean() > 0.99 for part in "qv")
+
+
+@pytest.mark.parametrize("targets", ["qv", "mlp"])
+def test_rows_where_positions_come_first(targets: str) -> None:
+    config = LongformerConfig(**_SIZES, **_MLP, attention_window=[4, 4])
+    model = build(config, causal=False).eval()
+    attach_learned(model, LoraSpec(targets=targets, r=2, alpha=5.0))
+    ids = torch.arange(16).reshape(2, 8) + 4
+    alone = [tiny_models.outputs(model, {"input_ids": ids[i : i + 1]}) for i in range(2)]
+    if targets == "qv":
+        with (
+            pytest.raises(StateError, match="rows cannot have adapters of their own") as caught,
+            use(model, ["default", None]),
+        ):
+            pass
+        assert "positions first" in str(caught.value)
+    else:
+        with use(model, None):
+            alone[1] = tiny_models.outputs(model, {"input_ids": ids[1:]})
+        with use(model, ["default", None]):
+            found = tiny_models.outputs(model, {"input_ids": ids})
+        torch.testing.assert_close(found, torch.cat(alone))
 
 
 @pytest.mark.parametrize("shared", [True, False])

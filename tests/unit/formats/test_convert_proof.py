@@ -63,7 +63,7 @@ def test_whatever_is_written_otherwise_is_found(
     base, adapter = saved(tmp_path, **CASES[what])
     convert(adapter, tmp_path / "fine", "peft", base=base)
 
-    def careless(adapter: Adapter, path: Path) -> None:
+    def careless(adapter: Adapter, path: Path, **given: object) -> None:
         write_adapter(spoiled(adapter, what), path)
 
     monkeypatch.setattr(converting, "write_adapter", careless)
