@@ -156,7 +156,7 @@ def deepseek_v3() -> PreTrainedModel:
     """A dense block, then one of stacked experts beside a shared one."""
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8}
-    sizes = {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": 24, "v_head_dim": 8}
+    sizes = {"intermediate_size": INTERMEDIATE, "moe_intermediate_size": 24, "v_head_dim": 12}
     return DeepseekV3ForCausalLM(
         DeepseekV3Config(
             **_TEXT,

@@ -28,6 +28,8 @@ def fused_parts(config: Any, leaf: str, num_rows: int) -> Parts:
         return {}
     if leaf == "gate_up_proj":
         return _contiguous({"gate": num_rows // 2, "up": num_rows // 2}, num_rows)
+    if leaf == "kv_b_proj":
+        return _latent(config, num_rows)
     layout = _LAYOUTS.get((str(config.model_type), leaf))
     return layout(config, num_rows) if layout else {}
 
@@ -84,10 +86,19 @@ def _by_heads(config: Any, num_rows: int) -> Parts:
 
 
 def _per_head(config: Any, num_rows: int) -> Parts:
-    """Every head holds its own q, k and v (BLOOM, GPT-NeoX, Persimmon)."""
+    """Every head holds its own q, k and v (BLOOM, DeBERTa, GPT-NeoX, Persimmon)."""
     count = int(config.num_attention_heads)
     head = num_rows // (3 * count)
     return _interleaved({"q": head, "k": head, "v": head}, count, num_rows)
+
+
+def _latent(config: Any, num_rows: int) -> Parts:
+    """Per head, the part of its key without positions and its value (DeepSeek-V2 and its like)."""
+    key, value = (getattr(config, name, None) for name in ("qk_nope_head_dim", "v_head_dim"))
+    if key is None or value is None:
+        return {}
+    sizes = {"k": int(key), "v": int(value)}
+    return _interleaved(sizes, int(config.num_attention_heads), num_rows)
 
 
 def _falcon(config: Any, num_rows: int) -> Parts:
@@ -118,14 +129,17 @@ def _codegen(config: Any, num_rows: int) -> Parts:
 _LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Parts]] = {
     ("bloom", "query_key_value"): _per_head,
     ("codegen", "qkv_proj"): _codegen,
+    ("deberta", "in_proj"): _per_head,
     ("decision_transformer", "c_attn"): _gpt2,
     ("falcon", "query_key_value"): _falcon,
     ("gpt2", "c_attn"): _gpt2,
     ("gpt_bigcode", "c_attn"): _gpt_bigcode,
     ("gpt_neox", "query_key_value"): _per_head,
+    ("gpt_neox_japanese", "query_key_value"): _per_head,
     ("imagegpt", "c_attn"): _gpt2,
     ("modernbert", "Wqkv"): _thirds,
     ("mpt", "Wqkv"): _thirds,
+    ("openai-gpt", "c_attn"): _thirds,
     ("persimmon", "query_key_value"): _per_head,
     ("phi3", "qkv_proj"): _by_heads,
     ("phi4_multimodal", "qkv_proj"): _by_heads,

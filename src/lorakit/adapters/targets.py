@@ -20,8 +20,16 @@ from lorakit.layers.rows import Rows
 
 PRESETS = ("qv", "attention", "mlp", "all-linear")
 
-_QUERY = frozenset({"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "q_attn"})
-_VALUE = frozenset({"v", "v_proj", "value", "value_proj", "v_lin", "wv", "to_v"})
+_QUERY = frozenset(
+    {"q", "q_proj", "query", "query_proj", "q_lin", "wq", "to_q", "q_attn", "Wq", "project_q"}
+    | {"q_b_proj"}  # of latent attention, behind q_a_proj
+)
+_VALUE = frozenset({"v", "v_proj", "value", "value_proj", "v_lin", "wv", "to_v", "Wv", "project_v"})
+# Leaves that say what they are where the modules around them do not (Nemotron-H's mixers).
+_PLAIN = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+}
 _ATTENTION = re.compile(r"att(?:n|ention)", re.IGNORECASE)
 _NOT_MLP = re.compile(r"mixer|mamba|conv|router|^gate$|shared_expert_gate", re.IGNORECASE)
 _REGEX = re.compile(r"[\\^$*+?{}\[\]|()]")
@@ -227,6 +235,8 @@ def _role(name: str) -> str | None:
         inside = components[max(0, numbered[0] - 1) :]
     if any(_ATTENTION.search(component) for component in inside):
         return "attention"
+    if inside[-1] in _PLAIN:
+        return _PLAIN[inside[-1]]
     return None if any(_NOT_MLP.search(component) for component in inside) else "mlp"
 
 

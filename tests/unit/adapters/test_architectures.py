@@ -11,10 +11,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CodeGenConfig,
+    DebertaConfig,
     DebertaV2Config,
+    GPTNeoXJapaneseConfig,
     Llama4TextConfig,
     LongformerConfig,
     MambaConfig,
+    NemotronHConfig,
+    OpenAIGPTConfig,
     PersimmonConfig,
     PretrainedConfig,
     XLMConfig,
@@ -105,9 +109,30 @@ def _codegen(y: Tensor) -> dict[str, Tensor]:
     return dict(zip("qvk", y.view(*y.shape[:2], 4, 24).split(8, dim=-1), strict=True))
 
 
+def _deberta(y: Tensor) -> dict[str, Tensor]:
+    # DisentangledSelfAttention.transpose_for_scores: view(b, s, heads, -1), then chunk(3, dim=-1)
+    return dict(zip("qkv", y.view(*y.shape[:2], 4, 24).chunk(3, dim=-1), strict=True))
+
+
+def _gpt(y: Tensor) -> dict[str, Tensor]:
+    return dict(zip("qkv", y.split(32, dim=2), strict=True))
+
+
+def _neox(y: Tensor) -> dict[str, Tensor]:
+    # GPTNeoXJapaneseAttention.forward: view(b, s, heads, 3 * head_dim), then thirds of the last
+    return dict(zip("qkv", y.view(*y.shape[:2], 4, 24).split(8, dim=-1), strict=True))
+
+
 @pytest.mark.parametrize(
     ("config", "module", "split"),
     [
+        (DebertaConfig(**_SIZES, **_MLP), "encoder.layer.0.attention.self.in_proj", _deberta),
+        (OpenAIGPTConfig(**_GPT), "transformer.h.0.attn.c_attn", _gpt),
+        (
+            GPTNeoXJapaneseConfig(**_SIZES, max_position_embeddings=64, **_ENDS),
+            "gpt_neox_japanese.layers.0.attention.query_key_value",
+            _neox,
+        ),
         (
             PersimmonConfig(**_SIZES, **_MLP, **_ENDS),
             "model.layers.0.self_attn.query_key_value",
@@ -115,12 +140,12 @@ def _codegen(y: Tensor) -> dict[str, Tensor]:
         ),
         (CodeGenConfig(**_GPT, rotary_dim=4), "transformer.h.0.attn.qkv_proj", _codegen),
     ],
-    ids=["persimmon", "codegen"],
+    ids=["deberta", "gpt", "gpt_neox_japanese", "persimmon", "codegen"],
 )
 def test_qv_moves_the_rows_of_q_and_v(
     config: PretrainedConfig, module: str, split: Callable[[Tensor], dict[str, Tensor]]
 ) -> None:
-    model = build(config)
+    model = build(config, causal=config.model_type != "deberta").eval()
     given = tiny_models.inputs(model)
     attach_learned(model, LoraSpec(targets="qv", r=3, alpha=5.0))
     caught: list[Tensor] = []
@@ -133,6 +158,40 @@ def test_qv_moves_the_rows_of_q_and_v(
     moved = split(caught[0] - caught[1])
     assert not moved["k"].any()
     assert all((moved[part] != 0).float().mean() > 0.99 for part in "qv")
+
+
+def test_qv_of_latent_attention_moves_the_values_alone() -> None:
+    model = tiny_models.seeded(tiny_models.deepseek_v3).eval()
+    given = tiny_models.inputs(model)
+    plan = attach_learned(model, LoraSpec(targets="qv", r=3, alpha=5.0))
+    assert {site.name.split("self_attn.")[1] for site in plan.sites} == {"q_b_proj", "kv_b_proj.v"}
+    module = model.get_submodule("model.layers.0.self_attn.kv_b_proj")
+    caught: list[Tensor] = []
+    module.register_forward_hook(lambda _m, _i, y: caught.append(y.detach().clone()))
+    tiny_models.outputs(model, given)
+    with use(model, None):
+        tiny_models.outputs(model, given)
+    # view(b, s, heads, -1), then split([qk_nope_head_dim, v_head_dim], dim=-1)
+    keys, values = (caught[0] - caught[1]).view(3, 9, 4, -1).split([8, 12], dim=-1)
+    assert not keys.any()
+    assert (values != 0).float().mean() > 0.99
+
+
+def test_layers_of_a_mixer_are_known_by_their_own_names() -> None:
+    sizes = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1}
+    config = NemotronHConfig(
+        **{**_SIZES, "num_hidden_layers": 3},
+        **_MLP,
+        **_ENDS,
+        **sizes,
+        num_key_value_heads=2,
+        head_dim=8,
+        layers_block_type=["mamba", "attention", "mlp"],
+    )
+    model = build(config)
+    assert leaves(model, "qv") == {"q_proj", "v_proj"}
+    assert leaves(model, "attention") == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert leaves(model, "mlp") == {"up_proj", "down_proj"}
 
 
 @pytest.mark.parametrize("targets", ["qv", "mlp"])
