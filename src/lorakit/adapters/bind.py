@@ -21,6 +21,7 @@ from lorakit.adapters.attachments import (
 from lorakit.adapters.identity import require_same_base
 from lorakit.adapters.parameters import fit_parameters, whole_parameters
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
+from lorakit.adapters.renamed import under_its_names
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS
 from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
 from lorakit.adapters.targets import bare_model, base_modules, input_embedding
@@ -65,6 +66,7 @@ def bind_adapter(
     check_name(name)
     refuse_merged(model)
     modules = base_modules(model)
+    adapter = under_its_names(model, modules, adapter)
     fitted, wrong = fit_parameters(modules, adapter)
     adapter = fitted if wrong else whole_parameters(modules, fitted)
     plan = _plan_for(model, modules, adapter, (*problems, *wrong))
@@ -135,7 +137,8 @@ def plan_of_binding(model: nn.Module, adapter: Adapter) -> AdapterPlan:
     Raises:
         AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
     """
-    return _plan_for(model, base_modules(model), adapter)
+    modules = base_modules(model)
+    return _plan_for(model, modules, under_its_names(model, modules, adapter))
 
 
 def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
@@ -148,7 +151,7 @@ def plan_binding(model: nn.Module, adapter: Adapter) -> Adapter:
         AdapterFileError: tensors missing, extra, misshapen or not finite, all listed.
     """
     modules = base_modules(model)
-    fitted, wrong = fit_parameters(modules, adapter)
+    fitted, wrong = fit_parameters(modules, under_its_names(model, modules, adapter))
     plan = _plan_for(model, modules, fitted, wrong)
     kinds = {site.name: site.kind for site in plan.sites}
     factors = {n: replace(f, kind=kinds.get(n, f.kind)) for n, f in fitted.factors.items()}

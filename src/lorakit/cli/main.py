@@ -147,6 +147,7 @@ def _warnings_in_style() -> Iterator[None]:
     """Show our own warnings as one clear line each; the others as Python does."""
     with warnings.catch_warnings():
         original = warnings.showwarning
+        said: set[str] = set()
 
         def show(
             message: Warning | str,
@@ -157,7 +158,10 @@ def _warnings_in_style() -> Iterator[None]:
             line: str | None = None,
         ) -> None:
             if issubclass(category, LorakitWarning):
-                console.warn(str(message))
+                # A verb may bind the same adapter several times: once said is enough.
+                if str(message) not in said:
+                    said.add(str(message))
+                    console.warn(str(message))
             else:
                 original(message, category, filename, lineno, file, line)
 

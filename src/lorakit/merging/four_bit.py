@@ -32,6 +32,7 @@ from lorakit.models.empty import empty_from_config, empty_model
 from lorakit.models.load import load_base_model, load_config
 from lorakit.models.nf4 import quantization_of
 from lorakit.models.quantizable import is_stored_four_bit, products_of, quantizable
+from lorakit.models.quiet import quiet_transformers
 from lorakit.models.resolve import read_config
 from lorakit.models.task_head import ClassificationHead
 from lorakit.progress import track
@@ -113,7 +114,8 @@ def _write_multiplied_out(directory: Path, output: Path) -> None:
     dense.load_state_dict(state, strict=False, assign=True)
     dense.tie_weights()
     copy_companions(directory, output)
-    dense.save_pretrained(output)
+    with quiet_transformers():
+        dense.save_pretrained(output)
 
 
 def write_requantized(directory: Path, output: Path) -> dict[str, Any]:
@@ -129,7 +131,8 @@ def write_requantized(directory: Path, output: Path) -> dict[str, Any]:
     model = load_base_model(directory, "nf4")
     found = quantization_of(model)
     copy_companions(directory, output)
-    model.save_pretrained(output)
+    with quiet_transformers():
+        model.save_pretrained(output)
     return {} if found is None else found.to_json()
 
 

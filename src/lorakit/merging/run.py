@@ -44,6 +44,7 @@ from lorakit.methods.lora import LoraMethod
 from lorakit.methods.saved import load_saved
 from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model, load_tokenizer
+from lorakit.models.quiet import quiet_transformers
 from lorakit.models.resolve import resolve_model
 from lorakit.models.task_head import ClassificationHead
 from lorakit.weights.nf4 import require_nf4
@@ -263,7 +264,8 @@ def _write_whole(directory: Path, request: MergeRequest, staging: Path) -> str:
     model, method = _load(directory, request, "auto")
     _merge(model, method, request)
     copy_companions(directory, staging)
-    model.save_pretrained(staging)
+    with quiet_transformers():
+        model.save_pretrained(staging)
     return str(model.dtype).removeprefix("torch.")
 
 

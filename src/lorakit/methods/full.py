@@ -21,6 +21,7 @@ from lorakit.methods.in_place import base_parameters, each_once
 from lorakit.methods.spec import require_choice, require_names
 from lorakit.models.checkpoint import copy_companions
 from lorakit.models.load import load_base_model
+from lorakit.models.quiet import quiet_transformers
 from lorakit.models.resolve import resolve_model
 from lorakit.weights.nf4 import is_planned_four_bit
 
@@ -108,7 +109,8 @@ class FullMethod(ChosenParameters):
         document = self.document(model, passport)
         with atomic_directory(path, replace=True) as staging:
             _copy_tokenizer(model, staging)
-            model.save_pretrained(staging)
+            with quiet_transformers():
+                model.save_pretrained(staging)
             write_json(staging / PASSPORT_NAME, document)
 
 

@@ -15,6 +15,7 @@ from lorakit.adapters.parameters import (
     stacked_parameters,
     tokens_as_factors,
 )
+from lorakit.adapters.renamed import under_its_names
 from lorakit.adapters.targets import base_modules
 from lorakit.errors import AdapterFileError
 from lorakit.layers.kinds import KINDS, as_matrix, embedding_scale
@@ -115,6 +116,7 @@ def served_form(model: nn.Module, adapter: Adapter, key: str) -> ServedAdapter:
         AdapterFileError: it does not bind, or changes more than a served adapter can.
     """
     modules = base_modules(model)
+    adapter = under_its_names(model, modules, adapter)
     fitted, problems = fit_parameters(modules, adapter)
     if not problems:
         adapter = tokens_as_factors(modules, fitted)
