@@ -104,6 +104,14 @@ def _is_half_written(entry: Path) -> bool:
     return entry.name.startswith(".") and entry.name.endswith(_PARTIAL)
 
 
+# What safetensors and torch.save raise for a failed write. The text of the first carries the
+# system's reason; the second's stream does not know it.
+_FAILED_WRITES = {
+    "SafetensorError": ("os error",),
+    "RuntimeError": ("iostream error", "inline_container"),
+}
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
     """Turn the system's write errors below this block into one clear OutputError."""
@@ -112,8 +120,8 @@ def writing(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise _output_error(error, Path(path)) from error
     except Exception as error:
-        # safetensors raises its own class for a failed write; its text carries the system's reason.
-        if type(error).__name__ == "SafetensorError" and "os error" in str(error).lower():
+        signs = _FAILED_WRITES.get(type(error).__name__, ())
+        if any(sign in str(error).lower() for sign in signs):
             raise _output_error(error, Path(path)) from error
         raise
 
@@ -128,8 +136,9 @@ def _output_error(error: BaseException, path: Path) -> OutputError:
             found=f"{_free_bytes(path):,} bytes free",
             remedy="free some space or choose another output; nothing was left half-written",
         )
+    found = text if number is not None else f"{text}, {_free_bytes(path):,} bytes free"
     return OutputError(
-        "cannot write here", where=str(path), found=text, remedy="choose another output"
+        "cannot write here", where=str(path), found=found, remedy="choose another output"
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
+import torch
 
 from lorakit import files
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, OutputError
 
 
 def tree(path):
@@ -54,3 +56,29 @@ def test_a_record_is_read_back_whole(tmp_path):
     files.write_json(tmp_path / "run.json", {"config": {"r": 3}, "done": True})
     record = files.read_back(tmp_path / "run.json", "config", of="an arm", remedy="remove it")
     assert record == {"config": {"r": 3}, "done": True}
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 64 KiB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("numbers", [16_000, 200_000])
+def test_a_write_of_torch_that_fails_is_the_disks_refusal(tmp_path, small_files, numbers):
+    with (
+        pytest.raises(OutputError, match="bytes free") as caught,
+        files.atomic_directory(tmp_path / "checkpoint") as staging,
+    ):
+        torch.save({"exp_avg": torch.ones(numbers)}, staging / "optimizer.pt")
+    assert caught.value.exit_code == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_errors_inside_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes") as caught, files.writing(tmp_path):
+        raise RuntimeError("shapes do not fit")
+    assert type(caught.value) is RuntimeError

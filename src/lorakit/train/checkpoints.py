@@ -215,7 +215,11 @@ class CheckpointStore:
         # Renamed first: a kill in the middle of the removal must not leave a damaged checkpoint.
         doomed = path.with_name(f".{path.name}.removed")
         shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            # What was learned since is worth more than the space of an old checkpoint.
+            warnings.warn(f"{path} stays: {error}", LorakitWarning, stacklevel=2)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

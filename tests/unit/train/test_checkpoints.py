@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from lorakit.errors import LorakitWarning, OutputError, TrainingError
@@ -112,3 +114,21 @@ def test_damage_inside_the_metrics_is_an_error(tmp_path):
     with pytest.raises(OutputError, match="damaged") as caught:
         log.cut_after(1)
     assert "line 2" in caught.value.where
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path / "c", keep=1)
+    with store.write(1, RunState(), {}):
+        pass
+
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "step-00000001":
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.warns(LorakitWarning, match="step-00000001 stays"), store.write(2, RunState(), {}):
+        pass
+    assert store.steps() == [1, 2]
