@@ -70,6 +70,20 @@ CASES = {
     ),
     "tokens-t5": Case("t5", {"target_modules": ["q"], "trainable_token_indices": [5, 9]}),
     "tokens-bert": Case("bert", {"target_modules": ["query"], "trainable_token_indices": [5, 9]}),
+    "tokens-and-tied-head": Case(
+        "llama-tied", {"target_modules": ["lm_head"], "trainable_token_indices": [4, 9]}
+    ),
+    "tying": Case(
+        "llama-tied", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
+    ),
+    "tying-whole": Case(
+        "llama-tied", {**QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
+    "tying-nothing": Case("llama", {**QV, "ensure_weight_tying": True}),
+    "experts-by-module-names": Case(
+        "qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    ),
+    "experts-all-linear": Case("qwen3_moe", {"target_modules": "all-linear"}),
     "experts": Case("qwen3_moe", {"target_modules": [], "target_parameters": EXPERTS}),
     "one-expert-weight": Case("qwen3_moe", {**QV, "target_parameters": EXPERTS[1:]}),
     "experts-patterns": Case(
@@ -146,6 +160,8 @@ def test_written_again_bit_for_bit(name: str, tmp_path: Path) -> None:
     wanted = logits(write(case, tmp_path / "theirs"))
     Adapter.load(tmp_path / "theirs").save(tmp_path / "ours")
     first, again = (load_file(tmp_path / who / TENSORS) for who in ("theirs", "ours"))
+    # PEFT also copies the frozen weight of an adapted embedding.
+    first = {key: value for key, value in first.items() if not key.endswith("base_layer.weight")}
     assert first.keys() == again.keys()
     assert all(tensor.equal(again[key]) for key, tensor in first.items())
     close(in_peft(case.architecture, tmp_path / "ours"), wanted)
@@ -165,7 +181,8 @@ def test_merged_on_disk(name: str, tmp_path: Path) -> None:
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     close(logits(merged), wanted)
     # Only different rows of what is tied part them.
-    tied = bool(model.config.tie_word_embeddings) and name != "tokens-of-both-tied"
+    parted = ("tokens-of-both-tied", "tokens-and-tied-head", "tying", "tying-whole")
+    tied = bool(model.config.tie_word_embeddings) and name not in parted
     assert bool(merged.config.tie_word_embeddings) == tied
 
 
@@ -385,3 +402,30 @@ def test_what_has_no_place_is_refused_with_the_reason(tmp_path: Path) -> None:
             spec_to_continue(adapter, dropout=0.0)
         with pytest.raises(SpecError, match="on top of"):
             check_beneath(adapter, LoraSpec())
+
+
+def test_a_tie_that_the_file_does_not_hold_is_an_error(tmp_path: Path) -> None:
+    write(CASES["tying"], tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    save_file({k: v for k, v in tensors.items() if "lm_head" not in k}, tmp_path / TENSORS)
+    with pytest.raises(AdapterFileError, match=r"lm_head: tied to model\.embed_tokens"):
+        load_adapter(built("llama-tied"), tmp_path)
+
+
+def test_a_module_both_adapted_and_replaced_is_an_error(tmp_path: Path) -> None:
+    write(Case("llama", QV), tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: torch.ones(32, 32)}, tmp_path / TENSORS)
+    with pytest.raises(AdapterFileError, match="both adapted and replaced"):
+        load_adapter(built("llama"), tmp_path)
+
+
+def test_rows_of_tokens_under_dora_are_an_error(tmp_path: Path) -> None:
+    write(Case("llama-tied", {"target_modules": ["lm_head"], "use_dora": True}), tmp_path)
+    tensors, config = load_file(tmp_path / TENSORS), json.loads((tmp_path / CONFIG).read_text())
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    save_file({**tensors, rows: torch.ones(1, 32)}, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "trainable_token_indices": [3]}))
+    with pytest.raises(AdapterFileError, match="DoRA changes all of them"):
+        load_adapter(built("llama-tied"), tmp_path)

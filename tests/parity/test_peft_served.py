@@ -130,11 +130,8 @@ TIED = {
     "head": Made({"target_modules": ["lm_head", "q_proj"]}),
     "embedding-to-save": Made({**QV, "modules_to_save": ["embed_tokens"]}, reason="embed_tokens"),
     "head-to-save": Made({**QV, "modules_to_save": ["lm_head"]}, reason="lm_head"),
-    "tying": Made(
-        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
-        reason="ensure_weight_tying",
-        loads=False,
-    ),
+    "tying": Made({"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "tokens-and-head": Made({"target_modules": ["lm_head"], "trainable_token_indices": [4, 9]}),
 }
 CASES = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2, "moe": MOE}
 

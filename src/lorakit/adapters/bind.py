@@ -23,7 +23,13 @@ from lorakit.adapters.parameters import fit_parameters, whole_parameters
 from lorakit.adapters.plan import AdapterPlan, OverrideSite, Site
 from lorakit.adapters.renamed import under_its_names
 from lorakit.adapters.spec import DATA_INITS, NONZERO_INITS
-from lorakit.adapters.strict import bias_problems, changed_base, missing_tensors, not_finite
+from lorakit.adapters.strict import (
+    bias_problems,
+    changed_base,
+    missing_tensors,
+    missing_ties,
+    not_finite,
+)
 from lorakit.adapters.targets import bare_model, base_modules, input_embedding
 from lorakit.errors import AdapterFileError, LorakitWarning, nearest
 from lorakit.layers.adapted import AdaptedLayer
@@ -178,6 +184,13 @@ def _plan_for(
     overrides = _override_sites(modules, adapter.overrides, problems)
     problems += not_finite(adapter)
     problems += changed_base(modules, adapter)
+    problems += missing_ties(modules, adapter)
+    adapted = {site.module for site in sites}
+    problems += [
+        f"extra: {site.module}: both adapted and replaced as a whole"
+        for site in overrides
+        if site.module in adapted
+    ]
     reported = {problem.split(": ")[1] for problem in problems}
     problems += [p for p in missing_tensors(modules, adapter) if p.split(": ")[1] not in reported]
     if problems:

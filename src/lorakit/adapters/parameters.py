@@ -54,7 +54,7 @@ def fit_parameters(modules: Mapping[str, nn.Module], adapter: Adapter) -> tuple[
     A linear layer's weight that was adapted as a parameter becomes an ordinary site. Changes
     nothing and works on the meta device.
     """
-    problems = _token_problems(modules, adapter.tokens)
+    problems = _token_problems(modules, adapter.tokens) or _rows_of_dora(modules, adapter)
     factors: dict[str, Factors] = {}
     for name, given in adapter.factors.items():
         fitted = given if given.stack is None else _fitted(modules, name, given)
@@ -117,6 +117,15 @@ def _token_problems(modules: Mapping[str, nn.Module], tokens: Mapping[str, Token
     return problems
 
 
+def _rows_of_dora(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    dora = {f.module for f in adapter.factors.values() if f.magnitude is not None}
+    return [
+        f"extra: {name}: rows of tokens are replaced, and DoRA changes all of them"
+        for name in token_modules(modules, adapter)
+        if name in dora
+    ]
+
+
 def token_modules(modules: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, TokenRows]:
     """Every module whose rows change: those named, and those tied to them, with the new rows."""
     found = dict(adapter.tokens)
@@ -139,6 +148,8 @@ def whole_parameters(modules: Mapping[str, nn.Module], adapter: Adapter) -> Adap
         An adapter that an ordinary model can carry; its new values lie on the CPU.
     """
     values: dict[str, Tensor] = {}
+    if token_modules(modules, adapter).keys() & adapter.modules().keys():
+        adapter = tokens_as_factors(modules, adapter)
     for name, tokens in token_modules(modules, adapter).items():
         values[f"{name}.weight"] = tokens.on(_required(modules, f"{name}.weight")).cpu()
     for name, parts in stacked_parameters(adapter).items():
@@ -172,7 +183,7 @@ def tokens_as_factors(modules: Mapping[str, nn.Module], adapter: Adapter) -> Ada
         picks = torch.zeros(len(tokens.indices), weight.shape[0], dtype=change.dtype)
         picks[range(len(tokens.indices)), tokens.indices] = 1
         look_up = kind_of(modules[name]) is EMBEDDING
-        factors[name] = Factors(
+        rows = Factors(
             A=picks if look_up else change,
             B=(change if look_up else picks).T.contiguous(),
             alpha=alpha_for(1.0, len(tokens.indices), adapter.spec.scaling),
@@ -180,7 +191,16 @@ def tokens_as_factors(modules: Mapping[str, nn.Module], adapter: Adapter) -> Ada
             kind=(EMBEDDING if look_up else LINEAR).name,
             module=name,
         )
+        factors[name] = _joined(factors[name], rows, adapter) if name in factors else rows
     return replace(adapter, factors=factors, tokens={})
+
+
+def _joined(first: Factors, rows: Factors, adapter: Adapter) -> Factors:
+    """Both updates of one weight as one, with the first one's scaling."""
+    r = first.r + rows.r
+    B = torch.cat([first.B.to(rows.B.dtype), rows.B / first.scaling], dim=1)
+    alpha = alpha_for(first.scaling, r, adapter.spec.scaling)
+    return replace(first, A=torch.cat([first.A.to(rows.A.dtype), rows.A]), B=B, alpha=alpha)
 
 
 def _required(modules: Mapping[str, nn.Module], name: str) -> Tensor:

@@ -90,6 +90,27 @@ def missing_tensors(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[
     return missing
 
 
+def missing_ties(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """What PEFT's ensure_weight_tying changes with an embedding, and the file has nothing for."""
+    if not adapter.config.get("ensure_weight_tying"):
+        return []
+    changed = {*adapter.modules(), *(name.removesuffix(".weight") for name in adapter.overrides)}
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf == "weight":
+                owners.setdefault(id(parameter), []).append(name)
+    problems: list[str] = []
+    for names in owners.values():
+        tied = [name for name in names if name in changed]
+        problems += [
+            f"missing: {name}: tied to {tied[0]} (ensure_weight_tying), no tensors for it"
+            for name in names
+            if tied and name not in changed
+        ]
+    return problems
+
+
 def _missing_beside(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
     """Biases and modules trained beside that the spec names and the file lacks."""
     missing: list[str] = []

@@ -32,7 +32,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "velora_config": (None,),
-    "ensure_weight_tying": (False, None),
 }
 # These start from another base than W0: without the changed base their A and B mean nothing.
 _REFUSED_INITS = re.compile(r"pissa|olora|corda|lora_ga|loftq|mica", re.IGNORECASE)
@@ -40,6 +39,7 @@ _REFUSED_INITS = re.compile(r"pissa|olora|corda|lora_ga|loftq|mica", re.IGNORECA
 _KNOWN = frozenset(
     {
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
+        *("ensure_weight_tying",),
         *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode"),
         *("init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
         *("lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save"),

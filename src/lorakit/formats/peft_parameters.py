@@ -20,6 +20,7 @@ from torch import Tensor
 from lorakit.adapters.adapter import Adapter, Factors
 from lorakit.adapters.parameters import stacked_parameters
 from lorakit.adapters.spec import LoraSpec
+from lorakit.adapters.targets import matches
 from lorakit.adapters.token_rows import TokenRows
 from lorakit.formats.peft_parts import FACTOR_DTYPES
 
@@ -46,27 +47,46 @@ def parameter_pairs(
     owners: dict[str, list[str]] = {}
     for name in pairs:
         owner = re.sub(rf"(?:\{_NESTED})+$", "", name)
-        if any(_ends(owner, key.rpartition(".")[0]) for key in targets):
+        if any(_is_of(owner, key, config) for key in targets):
             owners.setdefault(owner, []).append(name)
     found: dict[str, str] = {}
     problems = [
         f"missing: {key} of target_parameters: the file has no update of it"
         for key in targets
-        if not any(_ends(owner, key.rpartition(".")[0]) for owner in owners)
+        if not any(_is_of(owner, key, config) for owner in owners)
     ]
     for owner, names in owners.items():
-        leaves = {key.rpartition(".")[2] for key in targets if _ends(owner, key.rpartition(".")[0])}
-        leaves = _in_order(leaves)
+        meant = {key.rpartition(".")[2] for key in targets if _is_of(owner, key, config)}
+        leaves = _in_order(meant)
         if leaves is None or len(leaves) != len(names):
-            known = ", ".join(sorted(leaves or ())) or "their order is that of the model's class"
+            why = "" if leaves else ", whose order only the model's class knows"
             problems.append(
-                f"extra: {owner}: {len(names)} updates, and target_parameters names {known}"
+                f"extra: {owner}: {len(names)} updates, and target_parameters names "
+                f"{', '.join(sorted(meant))}{why}"
             )
             continue
         # The deepest key is the first parameter's.
         deepest_first = sorted(names, key=len, reverse=True)
         found.update({n: f"{owner}.{leaf}" for n, leaf in zip(deepest_first, leaves, strict=True)})
     return found, problems
+
+
+def _is_of(owner: str, key: str, config: Mapping[str, Any]) -> bool:
+    """Whether a key of target_parameters may mean a parameter of this module.
+
+    PEFT writes bare names (`down_proj`) where it made them of target_modules itself: these are of
+    every module that is none of the targeted ones.
+    """
+    end = key.rpartition(".")[0]
+    if end:
+        return _ends(owner, end)
+    if any(
+        _ends(owner, str(k).rpartition(".")[0]) for k in config["target_parameters"] if "." in k
+    ):
+        return False
+    targets = config.get("target_modules") or ()
+    targets = (targets,) if isinstance(targets, str) else targets
+    return not any(matches(str(target), owner) for target in targets)
 
 
 def _ends(name: str, end: str) -> bool:

@@ -82,11 +82,12 @@ def plan_merge(directory: Path, adapter: Adapter) -> MergePlan | None:
     """
     model = empty_model(directory)
     bound = plan_binding(model, adapter)
-    if stacked_parameters(bound):
+    modules = base_modules(model)
+    adapted = bound.modules().keys()
+    if stacked_parameters(bound) or token_modules(modules, bound).keys() & adapted:
         return None
     location, dtypes = _headers(directory)
     prefix = str(model.base_model_prefix)
-    modules = base_modules(model)
     rows = {f"{name}.weight": tokens for name, tokens in token_modules(modules, bound).items()}
     wanted = _wanted(bound, rows)
     groups = _ties(modules)

@@ -138,7 +138,6 @@ def test_the_round_trip_keeps_every_bit(
         ("init_lora_weights", "loftq"),
         ("kasa_config", {"rank": 4}),
         ("arrow_config", {"top_k": 2}),
-        ("ensure_weight_tying", True),
         ("peft_type", "LOHA"),
     ],
 )
