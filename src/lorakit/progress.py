@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -69,9 +69,10 @@ class _PlainBar:
     def _line(self, note: str) -> None:
         of = f"/{self._total}" if self._total is not None else ""
         elapsed_s = time.monotonic() - self._started
-        print(
-            f"{self._label}: {self._done}{of}  {elapsed_s:.0f} s  {note}".rstrip(), file=sys.stderr
-        )
+        line = f"{self._label}: {self._done}{of}  {elapsed_s:.0f} s  {note}".rstrip()
+        # A log that takes no more (a full disk, a closed pipe) does not end the work.
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

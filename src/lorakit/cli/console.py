@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from rich import box
@@ -34,12 +34,18 @@ def stderr() -> Console:
 
 def note(text: str) -> None:
     """One plain line to stderr about what is going on."""
-    stderr().print(f"[dim]{escape(text)}[/dim]", highlight=False)
+    _say(f"[dim]{escape(text)}[/dim]")
 
 
 def warn(text: str) -> None:
     """One warning to stderr."""
-    stderr().print(f"[bold yellow]warning:[/] {escape(text)}", highlight=False)
+    _say(f"[bold yellow]warning:[/] {escape(text)}")
+
+
+def _say(markup: str) -> None:
+    # A log that takes no more (a full disk, a closed pipe) does not end the work.
+    with suppress(OSError):
+        stderr().print(markup, highlight=False)
 
 
 def print_error(error: LorakitError) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the work failed, 2 the request was wrong, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -18,7 +19,7 @@ from typing import Protocol, TextIO, cast
 from lorakit.cli import console
 from lorakit.cli.parser import make_parser
 from lorakit.cli.verbs import EXAMPLES, GROUPS, VERBS
-from lorakit.errors import LorakitError, LorakitWarning, RequestError, nearest
+from lorakit.errors import LorakitError, LorakitWarning, RequestError, WorkError, nearest
 from lorakit.launcher import FailedElsewhereError, failed_elsewhere, leave, num_launched, speaks
 from lorakit.pages import use_huge_pages
 
@@ -27,6 +28,8 @@ INTERRUPTED = 130
 _IN_PROCESSES = ("train",)
 # Set before torch is imported; see `lorakit.pages`.
 _TRAINING = ("compare", "demo", "paper", "sweep", "train")
+# Of what is printed; files say so themselves.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Verb(Protocol):
@@ -70,6 +73,11 @@ def _exit_code(words: list[str]) -> int:
         # The reader (head, less) has gone. Without this, Python complains again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        found = f"{os.strerror(error.errno)}: {error.filename or 'stdout'}"
+        return _failed(WorkError("what is written has no room", found=found), as_json=False)
     except SystemExit as leaving:
         # argparse leaves like this after --help.
         return leaving.code if isinstance(leaving.code, int) else 0

@@ -1,0 +1,31 @@
+"""Lines that say how far the work is, where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli import console
+from lorakit.progress import progress
+
+
+def test_a_line_at_the_end_says_what_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("training", 3) as bar:
+        for _ in range(3):
+            bar.advance()
+    assert capsys.readouterr().err == "training: 3/3  0 s  done\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_log_that_takes_no_more_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", full)
+    with progress("training", 2) as bar:
+        bar.advance()
+    console.note("saved")
+    console.warn("careful")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
