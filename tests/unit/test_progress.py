@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,14 +19,13 @@ def test_a_line_at_the_end_says_what_was_done(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == "training: 3/3  0 s  done\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
 def test_a_log_that_takes_no_more_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = Path("/dev/full").open("w", buffering=1)
-    monkeypatch.setattr(sys, "stderr", full)
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Full())
     with progress("training", 2) as bar:
         bar.advance()
     console.note("saved")
     console.warn("careful")
-    monkeypatch.undo()
-    with pytest.raises(OSError, match="No space left"):
-        full.close()
