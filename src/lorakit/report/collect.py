@@ -32,9 +32,22 @@ def collect(directory: str | Path) -> Report:
     """The report of a run directory.
 
     Raises:
-        RequestError: the directory does not exist, holds no record, or a record is damaged.
+        RequestError: the directory does not exist, holds no record, or a record is damaged or
+            another version's.
     """
     directory = Path(directory)
+    try:
+        return _collected(directory)
+    except (KeyError, TypeError) as error:
+        raise RequestError(
+            "a record is not as this version of lorakit writes it",
+            where=str(directory),
+            found=f"no {error}" if isinstance(error, KeyError) else str(error),
+            remedy="run again: what is finished is not repeated",
+        ) from error
+
+
+def _collected(directory: Path) -> Report:
     if not directory.is_dir():
         raise RequestError(
             "there is no such run directory",

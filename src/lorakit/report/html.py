@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lorakit.files import write_text
 from lorakit.formatting import format_estimate, format_number, format_share
@@ -54,6 +54,7 @@ def render_report(report: Report) -> str:
     filters = cast("dict[str, Callable[..., Any]]", environment.filters)
     filters["cell"] = _cell_text
     filters["interval"] = _interval_text
+    filters["interval_below"] = _interval_below
     filters["mark"] = _mark
     filters["value"] = _value_text
     filters["table_text"] = _table_text
@@ -100,6 +101,14 @@ def _interval_text(cell: Cell, share: bool) -> str:
     if share:
         return f"{100 * low:.1f} to {100 * high:.1f}"
     return f"{format_number(float(low))} to {format_number(float(high))}"
+
+
+def _interval_below(text: str) -> Markup:
+    """A cell's text; an interval behind a number, which is wide, goes on a line of its own."""
+    value, bracket, interval = text.partition(" [")
+    if not bracket or not _NUMBER.match(text):
+        return escape(text)
+    return Markup('{}<span class="interval">[{}</span>').format(value, interval)
 
 
 def _mark(cell: Cell) -> dict[str, float] | None:

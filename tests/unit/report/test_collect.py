@@ -122,3 +122,10 @@ def test_a_run_without_a_subtitle_says_what_was_trained_on_what(tmp_path):
     assert collect(tmp_path)["subtitle"] == (
         "method lora on tiny, task sft, 1,200 rows of rows.jsonl"
     )
+
+
+def test_a_record_of_another_version_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"title": "t", "arms": [{"name": "a"}], "best": "a"}')
+    with pytest.raises(RequestError, match="not as this version") as caught:
+        collect(tmp_path)
+    assert caught.value.found == "no 'together'"

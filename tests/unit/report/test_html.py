@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.errors import OutputError
 from lorakit.report.figures import smoothed
-from lorakit.report.html import render_report, write_report
+from lorakit.report.html import _interval_below, render_report, write_report
 
 
 def estimate(value, low, high, n=160):
@@ -208,3 +208,8 @@ def test_chromium_draws_the_whole_page(report, tmp_path):
     )
     assert done.returncode == 0
     assert picture.stat().st_size > 30_000
+
+
+def test_an_interval_behind_a_number_has_a_line_of_its_own():
+    assert _interval_below("4.2 [4.1, 4.3]") == '4.2<span class="interval">[4.1, 4.3]</span>'
+    assert _interval_below("q [a, <b>]") == "q [a, &lt;b&gt;]"
