@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +19,13 @@ from filelock import FileLock, Timeout
 
 from lorakit.errors import ConfigError, OutputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process left there stays
+    fcntl = None
+
 _LOCK, _PARTIAL = ".lock", ".partial"
+_SETTLED_S = 60.0
 
 
 def require_free(path: str | Path, *, past_killed: bool = False) -> Path:
@@ -163,17 +171,67 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
     path = Path(path)
     if not replace:
         require_free(path)
+    with temporary_beside(path) as staging, writing(path):
+        yield staging
+        _flush(staging)
+        staging.chmod(0o755)
+        _swap(staging, path)
+
+
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A temporary directory on the disk that `path` is or will be on, gone behind the block.
+
+    A lock of the system's says that it is in use, and ends with the process however that ends:
+    those of processes that were killed are removed when another is made for the same path.
+
+    Args:
+        path: its parent is made where it does not exist.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    path = path.absolute()
+    prefix = f".{path.name}."
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+        _remove_abandoned(path.parent, prefix)
+        made = Path(tempfile.mkdtemp(prefix=prefix, suffix=_PARTIAL, dir=path.parent))
+    handle = _held(made)
     try:
-        with writing(path):
-            yield staging
-            _flush(staging)
-            staging.chmod(0o755)
-            _swap(staging, path)
+        yield made
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_abandoned(directory: Path, prefix: str) -> None:
+    for entry in directory.glob(f"{glob.escape(prefix)}*{_PARTIAL}"):
+        with suppress(OSError):
+            # A new one is not held for a moment.
+            if time.time() - entry.stat().st_mtime < _SETTLED_S:
+                continue
+            handle = _held(entry)
+            if handle is not None:
+                shutil.rmtree(entry, ignore_errors=True)
+                os.close(handle)
+
+
+def _held(directory: Path) -> int | None:
+    """Hold a directory until what is returned is closed; None where another does, or none can."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 @contextmanager

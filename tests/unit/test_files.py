@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,3 +85,36 @@ def test_other_errors_inside_stay_what_they_are(tmp_path):
     with pytest.raises(RuntimeError, match="shapes") as caught, files.writing(tmp_path):
         raise RuntimeError("shapes do not fit")
     assert type(caught.value) is RuntimeError
+
+
+def test_what_a_killed_process_left_beside_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SETTLED_S", 0.0)
+    target = tmp_path / "merged[1]"
+    with writer(target) as killed, writer(target) as living:
+        of_killed, of_living = (Path(p.stdout.readline().strip()) for p in (killed, living))
+        killed.kill()
+        killed.wait()
+        other = tmp_path / ".merged.x.partial"
+        other.mkdir()
+        with files.atomic_directory(target) as staging:
+            (staging / "weights").write_text("new")
+            assert not of_killed.exists()
+            assert of_living.exists()
+        living.communicate("go on")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".merged.x.partial", "merged[1]"]
+    assert tree(target) == {"weights": "new"}
+
+
+def writer(target):
+    command = [sys.executable, "-c", _WRITER, str(target)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from lorakit.files import temporary_beside
+with temporary_beside(Path(sys.argv[1])) as made:
+    print(made, flush=True)
+    sys.stdin.readline()
+"""

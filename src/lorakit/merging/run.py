@@ -9,7 +9,6 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.data.adopted_task import adopted_task
 from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
-from lorakit.files import atomic_directory, require_free, write_json, writing
+from lorakit.files import atomic_directory, require_free, temporary_beside, write_json
 from lorakit.formats.peft import read_adapter
 from lorakit.formats.peft_config import CONFIG_NAME, named_base
 from lorakit.merging.certificate import (
@@ -103,7 +102,7 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
     with ExitStack() as stack:
         directory = resolved.path
         if request.onto == "nf4-dequantized":
-            directory = _beside(request.output, stack)
+            directory = stack.enter_context(temporary_beside(request.output))
             made_on = None if request.any_base else saved.passport
             write_dequantized(resolved.path, directory, made_on, head=_head(request, saved))
             # The base was checked above; its dequantized weights have another fingerprint.
@@ -114,7 +113,9 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         _require_shards(request, plan)
         proof, probes = _before(directory, _tokenizer(directory), request)
         staging = stack.enter_context(atomic_directory(request.output))
-        dense = _beside(request.output, stack) if request.requantize else staging
+        dense = (
+            stack.enter_context(temporary_beside(request.output)) if request.requantize else staging
+        )
         changes: list[StoredChange] = []
         dtype = None
         if plan is not None:
@@ -134,15 +135,6 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         }
         write_json(staging / CERTIFICATE_NAME, certificate)
     return certificate
-
-
-def _beside(output: Path, stack: ExitStack) -> Path:
-    """A temporary directory on the disk that the result will take, gone when the stack closes."""
-    parent = output.resolve().parent
-    with writing(output):
-        parent.mkdir(parents=True, exist_ok=True)
-        held = TemporaryDirectory(prefix=f".{output.name}.", suffix=".partial", dir=parent)
-    return Path(stack.enter_context(held))
 
 
 def _require_four_bit(request: MergeRequest, saved: Saved) -> None:
