@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
             where="the command line",
         )
     session = open_session(args)
-    if not session.tokenizer.chat_template:
+    options = _options(args)
+    if not (options.chat_template or session.tokenizer.chat_template):
         raise RequestError(
             "this model has no chat template",
             where=session.ref,
             expected="an instruction-tuned model",
             remedy="continue plain text with: lorakit generate --plain",
         )
-    options = _options(args)
     talk = _Talk(
         session,
         args.max_new_tokens,
@@ -103,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+_KEPT = ("system", "chat_template", "template_options")
+
+
 def _options(args: argparse.Namespace) -> SftOptions:
     """How turns are rendered: as the adapter was trained, but always with the chat template."""
     trained = {} if args.adapter is None else trained_settings(args.adapter)
@@ -111,7 +114,7 @@ def _options(args: argparse.Namespace) -> SftOptions:
             "the adapter was trained without the chat template, which a chat needs; lorakit "
             "generate renders a prompt as it was trained"
         )
-    kept = {k: v for k, v in trained.items() if k in ("system", "template_options")}
+    kept = {k: v for k, v in trained.items() if k in _KEPT}
     if args.system is not None:
         kept["system"] = args.system or None
     elif "system" in kept:

@@ -118,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "settings": {
             "columns": dict(sft.columns),
             "template": sft.template,
+            "chat_template": sft.chat_template,
             "template_options": dict(sft.template_options),
             "system": sft.system,
         },

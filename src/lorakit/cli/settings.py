@@ -11,11 +11,12 @@ from typing import Any
 
 from lorakit.cli.console import note
 from lorakit.data.options import SftOptions
+from lorakit.data.trained import trained_data
 from lorakit.errors import AdapterFileError, RequestError
 from lorakit.formats.passport import PASSPORT_NAME
 
 # What decides the prompt; the rest of the data section is about what is learned.
-_KEYS = ("columns", "template", "template_options", "system")
+_KEYS = ("columns", "template", "chat_template", "template_options", "system")
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +63,14 @@ def sft_options(args: argparse.Namespace, *, template: str | None, file: bool = 
     trained = {} if args.adapter is None else trained_settings(args.adapter)
     if not file:
         trained.pop("columns", None)
+    if given.get("template") == "none":
+        trained.pop("chat_template", None)
     used = {key: value for key, value in trained.items() if key not in given}
     if used:
-        shown = ", ".join(f"{key} {_shown(value)}" for key, value in used.items())
+        shown = ", ".join(
+            "a chat template of its own" if key == "chat_template" else f"{key} {_shown(value)}"
+            for key, value in used.items()
+        )
         note(f"as the adapter was trained: {shown}")
     return SftOptions(**used, **given)
 
@@ -89,11 +95,7 @@ def trained_settings(adapter: str) -> dict[str, Any]:
             found=str(error),
             remedy="delete the file to load the adapter without its passport",
         ) from error
-    data: Any = document
-    for key in ("config", "data"):
-        data = data.get(key) if isinstance(data, Mapping) else None
-    if not isinstance(data, Mapping):
-        return {}
+    data = trained_data(document if isinstance(document, Mapping) else {})
     plain = SftOptions()
     defaults = {field.name: getattr(plain, field.name) for field in fields(plain)}
     return {key: data[key] for key in _KEYS if key in data and data[key] != defaults[key]}

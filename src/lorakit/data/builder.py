@@ -158,7 +158,7 @@ class ExampleBuilder:
             eos_token=None if eos is None else token_text(self._tokenizer, eos),
             answer_lead=self._lead or "",
             tokenizer_sha256=tokenizer_hash(self._tokenizer),
-            template_sha256=template_hash(self._tokenizer),
+            template_sha256=template_hash(self._tokenizer, self._options.chat_template),
         )
 
     def _all_masked(self) -> LossMaskError:

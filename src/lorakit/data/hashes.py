@@ -21,9 +21,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256(json.dumps([vocabulary, special, ends], ensure_ascii=True))
 
 
-def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of the chat template, or None when the tokenizer has none."""
-    template = tokenizer.chat_template
+def template_hash(tokenizer: PreTrainedTokenizerBase, own: str | None = None) -> str | None:
+    """SHA-256 of the chat template, or None when there is none.
+
+    Args:
+        tokenizer: has one, perhaps.
+        own: one that takes its place.
+    """
+    template = own or tokenizer.chat_template
     if not template:
         return None
     return _sha256(template if isinstance(template, str) else json.dumps(template, sort_keys=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lorakit.errors import ConfigError, unknown_name
@@ -51,6 +52,13 @@ class SftOptions:
             "as they are; auto: chat where the tokenizer has a template and the rows are not text"
         ),
     )
+    chat_template: str | None = field(
+        default=None,
+        metadata=_help(
+            "a chat template of your own, in place of the tokenizer's: a Jinja file, or the "
+            "template itself"
+        ),
+    )
     template_options: Mapping[str, str | int | bool] = field(
         default_factory=dict[str, "str | int | bool"],
         metadata=_help("variables of the chat template, as in {enable_thinking: false}"),
@@ -80,6 +88,14 @@ class SftOptions:
 
     def __post_init__(self) -> None:
         _check_choice("template", self.template, ("auto", "chat", "none"))
+        # What is recorded is the template, not where it lay.
+        object.__setattr__(self, "chat_template", _template_text(self.chat_template))
+        if self.chat_template is not None and self.template == "none":
+            raise ConfigError(
+                "a chat template beside template: none",
+                where="chat_template",
+                remedy="leave one of them out",
+            )
         _check_choice("on_too_long", self.on_too_long, ("cut", "drop", "error"))
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
@@ -102,6 +118,29 @@ class SftOptions:
     def column(self, role: str) -> str:
         """The name of the column that plays this role."""
         return self.columns.get(role, role)
+
+
+def _template_text(given: str | None) -> str | None:
+    """The template itself where a file of it is named."""
+    if given is None or "{%" in given or "{{" in given:
+        return given
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "the chat template cannot be read",
+            where=f"chat_template: {given}",
+            expected="a Jinja file, or the template itself",
+            found=str(error),
+        ) from error
+    if "{%" not in text and "{{" not in text:
+        raise ConfigError(
+            "this is not a chat template",
+            where=f"chat_template: {given}",
+            expected="Jinja: a loop over messages",
+            found=repr(text[:60]),
+        )
+    return text
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -260,5 +260,5 @@ class _Builder:
             num_nothing=self._count["nothing"],
             longest=max((len(answer.example) for answer in answers), default=0),
             tokenizer_sha256=tokenizer_hash(self._tokenizer),
-            template_sha256=template_hash(self._tokenizer),
+            template_sha256=template_hash(self._tokenizer, self._options.chat_template),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -120,7 +119,7 @@ def data_findings(
         *_pad(tokenizer),
         *_cut(report, options),
         *_empty(report),
-        *_template(report, tokenizer),
+        *_template(report, options.chat_template or str(tokenizer.chat_template)),
     ]
 
 
@@ -208,7 +207,7 @@ def _empty(report: SftReport) -> list[Finding]:
     return findings
 
 
-def _template(report: SftReport, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+def _template(report: SftReport, template: str) -> list[Finding]:
     findings: list[Finding] = []
     if report.num_rows_split:
         findings.append(
@@ -226,7 +225,7 @@ def _template(report: SftReport, tokenizer: PreTrainedTokenizerBase) -> list[Fin
                 "and the model learns",
             )
         )
-    if report.template == "chat" and re.search(r"strftime_now", str(tokenizer.chat_template)):
+    if report.template == "chat" and "strftime_now" in template:
         findings.append(
             Finding(
                 level="warning",

@@ -61,7 +61,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: SftOptions) -> None:
         self._tokenizer = tokenizer
         self._options = options
-        has_template = bool(tokenizer.chat_template)
+        has_template = bool(options.chat_template or tokenizer.chat_template)
         if options.template == "chat" and not has_template:
             raise _no_template("template", "template: chat")
         self.chat = has_template and options.template != "none"
@@ -179,6 +179,7 @@ class Renderer:
             text = self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=dialogue.tools,
+                chat_template=self._options.chat_template,
                 add_generation_prompt=generate,
                 tokenize=False,
                 **variables,
@@ -221,7 +222,8 @@ def _no_template(where: str, what: str) -> DataError:
         where=where,
         expected="a tokenizer with a chat template",
         found="none, or template: none",
-        remedy="take an instruction-tuned model, or give prompt and completion as plain text",
+        remedy="take an instruction-tuned model, give a template (chat_template: FILE), or give "
+        "prompt and completion as plain text",
     )
 
 
@@ -236,7 +238,7 @@ def _diverges(prompt: str, whole: str, where: str) -> DataError:
         expected=f"an answer that follows {prompt[max(0, same - 20) :][:60]!r}",
         found=repr(whole[max(0, same - 20) :][:60]),
         remedy="set the template's variables (template_options: {enable_thinking: false}), "
-        "or use another chat template",
+        "or use another chat template (chat_template: FILE)",
     )
 
 

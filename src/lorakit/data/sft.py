@@ -127,7 +127,11 @@ def stop_token_ids(
     options = options or SftOptions()
     eos = eos_id(tokenizer)
     ids = [] if eos is None else [eos]
-    plain = SftOptions(template=options.template, template_options=options.template_options)
+    plain = SftOptions(
+        template=options.template,
+        chat_template=options.chat_template,
+        template_options=options.template_options,
+    )
     renderer = Renderer(tokenizer, plain)
     if renderer.chat:
         probe = Pair("a", "a", "b")

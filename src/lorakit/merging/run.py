@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.data.adopted_task import adopted_task
+from lorakit.data.trained import trained_data
 from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
-from lorakit.files import atomic_directory, require_free, temporary_beside, write_json
+from lorakit.files import atomic_directory, require_free, temporary_beside, write_json, write_text
 from lorakit.formats.peft import read_adapter
 from lorakit.formats.peft_config import CONFIG_NAME, named_base
 from lorakit.merging.certificate import (
@@ -122,6 +123,7 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
             changes = write_shards(plan, dense)
         else:
             dtype = _write_whole(directory, request, dense)
+        _write_template(saved, staging)
         certificate = make_certificate(proof, _reread(dense, probes, request), changes, plan, dtype)
         require_proved(certificate)
         if request.requantize and plan is not None:
@@ -135,6 +137,13 @@ def merge_to_disk(request: MergeRequest) -> dict[str, Any]:
         }
         write_json(staging / CERTIFICATE_NAME, certificate)
     return certificate
+
+
+def _write_template(saved: Saved, staging: Path) -> None:
+    """Turns are rendered as in training wherever the merged model is loaded."""
+    template = trained_data(saved.passport).get("chat_template")
+    if template is not None:
+        write_text(staging / "chat_template.jinja", str(template))
 
 
 def _require_four_bit(request: MergeRequest, saved: Saved) -> None:

@@ -14,10 +14,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lorakit.data.encode import Encoder
 from lorakit.data.options import SftOptions
 from lorakit.data.sft import render_prompt
+from lorakit.data.trained import trained_data
 from lorakit.errors import RequestError
 
 # What of an adapter's data section decides the prompt.
-_KEYS = ("template", "template_options", "system")
+_KEYS = ("template", "chat_template", "template_options", "system")
 
 
 class Prompts:
@@ -69,7 +70,8 @@ class Prompts:
         self, turns: Sequence[Mapping[str, Any]], trained: Mapping[str, Any]
     ) -> tuple[int, ...]:
         options = trained_options(trained)
-        if options.template == "none" or not self._tokenizer.chat_template:
+        template = options.chat_template or self._tokenizer.chat_template
+        if options.template == "none" or not template:
             return self._plain_turn(turns)
         row = {"messages": [dict(turn) for turn in turns]}
         if turns[-1]["role"] == "assistant":
@@ -104,10 +106,6 @@ class Prompts:
 
 def trained_options(passport: Mapping[str, Any]) -> SftOptions:
     """How the prompts looked that an adapter was trained on; the defaults without a passport."""
-    data: Any = passport
-    for key in ("config", "data"):
-        data = data.get(key) if isinstance(data, Mapping) else None
-    if not isinstance(data, Mapping):
-        return SftOptions()
+    data = trained_data(passport)
     known = {field.name for field in fields(SftOptions)}
     return SftOptions(**{key: data[key] for key in _KEYS if key in data and key in known})

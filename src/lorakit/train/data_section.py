@@ -13,6 +13,7 @@ from lorakit.errors import ConfigError
 # What only one task reads, with the defaults.
 _SFT_KEYS: dict[str, object] = {
     "template": "auto",
+    "chat_template": None,
     "template_options": {},
     "system": None,
     "completion_only": True,

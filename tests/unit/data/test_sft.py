@@ -551,3 +551,47 @@ def test_tools_of_another_kind_are_refused(tools):
 )
 def test_what_a_row_asks_is_said_without_the_template(row, asked):
     assert question_text(row) == asked
+
+
+OWN = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(template, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text(OWN)
+    tokenizer = make_tokenizer(template, eos="</s>")
+    given = SftOptions(chat_template=str(file))
+    assert given == SftOptions(chat_template=OWN)
+    file.unlink()
+    for row in (PAIR, TWO_TURNS):
+        prompt = tokenizer.decode(render_prompt(row, tokenizer, given))
+        assert prompt.startswith("[user] ")
+        assert prompt.endswith("[assistant] ")
+    (example,) = build_examples(load_rows([PAIR]), tokenizer, given)
+    assert learned(tokenizer, example) == ["Paris.</s>"]
+    assert stop_token_ids(tokenizer, given) == [tokenizer.eos_token_id]
+    assert tokenizer.chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"chat_template": "absent.jinja"}, "cannot be read"),
+        ({"chat_template": __file__.replace("test_sft", "__init__")}, "cannot be read"),
+        ({"chat_template": OWN, "template": "none"}, "beside template: none"),
+    ],
+)
+def test_a_template_of_ones_own_that_cannot_be(given, match):
+    with pytest.raises(ConfigError, match=match):
+        SftOptions(**given)
+
+
+def test_a_file_that_is_no_template(tmp_path):
+    (tmp_path / "notes.txt").write_text("a poem")
+    with pytest.raises(ConfigError, match="not a chat template"):
+        SftOptions(chat_template=str(tmp_path / "notes.txt"))

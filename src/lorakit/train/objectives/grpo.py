@@ -180,7 +180,7 @@ class GrpoObjective:
             num_dropped=num_rows - len(found),
             longest=max(map(len, found), default=0),
             tokenizer_sha256=tokenizer_hash(self._tokenizer),
-            template_sha256=template_hash(self._tokenizer),
+            template_sha256=template_hash(self._tokenizer, self._config.data.chat_template),
         )
 
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
