@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -409,7 +410,17 @@ def _trained_norms() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("make", [_dora, _hooked, _trained_norms])
+def _beside(name: str) -> PreTrainedModel:
+    targets = ("q_proj",) if name == "mlp" else ("down_proj",)
+    return model_of("llama", LoraSpec(targets=targets, r=3, alpha=7.5, also_train=(name,)))
+
+
+_BESIDE = ("input_layernorm", "post_attention_layernorm", "self_attn", "v_proj", "mlp")
+
+
+@pytest.mark.parametrize(
+    "make", [_dora, _hooked, _trained_norms, *(partial(_beside, name) for name in _BESIDE)]
+)
 def test_what_the_function_does_not_know_runs_its_own_way(make: Callable, calls):
     model, batch = make(), a_batch()
     expected = run(model, batch)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lorakit.layers.adapted import AdaptedLayer
+from lorakit.layers.adapted import AdaptedLayer, Wrapper
 from lorakit.layers.decoder import LayerShape, Product, decoder_layer
 from lorakit.layers.fused import frozen_parameters
 from lorakit.layers.low_rank import Branch, LowRank
@@ -108,7 +108,7 @@ def _shape_of(
     attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
     norms = [layer.get_submodule(name) for name in _NORMS]
     activation = mlp.get_submodule("act_fn")
-    if any(_is_hooked(m) for m in (attention, mlp, activation, *norms)):
+    if any(_is_its_own(m) for m in (attention, mlp, activation, *norms)):
         return None
     facts = cast(_Attention, attention)
     dropped = attention.training and facts.attention_dropout
@@ -186,6 +186,11 @@ def _plain_update(branch: Branch) -> LowRank | None:
         return None
     update = updates[0]
     return None if update.rows is not None or update.under_B is not None else update
+
+
+def _is_its_own(module: nn.Module) -> bool:
+    """Whether its forward is not the one that was read: hooked, or trained beside."""
+    return isinstance(module, Wrapper) or _is_hooked(module)
 
 
 def _is_hooked(module: nn.Module) -> bool:
