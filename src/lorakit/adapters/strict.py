@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.adapter import Adapter
 from lorakit.adapters.targets import matches
+from lorakit.errors import AdapterFileError
 from lorakit.layers.kinds import kind_of
 
+_SHOWN = 6
 _WIDE_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,6 +44,22 @@ def not_finite(adapter: Adapter) -> list[str]:
     if _all_finite([tensor for _, tensor in named]):
         return []
     return [f"not finite: {name}" for name, t in named if not _is_finite(t)]
+
+
+def require_finite(adapter: Adapter, path: Path) -> None:
+    """Refuse to measure what has a NaN or an infinity.
+
+    Raises:
+        AdapterFileError: some tensors are not finite; the first few are named.
+    """
+    problems = not_finite(adapter)
+    if problems:
+        raise AdapterFileError(
+            "the adapter has numbers that are not finite, and nothing can be measured of them",
+            where=str(path),
+            found="\n".join(problems[:_SHOWN]),
+            remedy="look for the step where its loss became NaN, and take an earlier checkpoint",
+        )
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -21,7 +21,7 @@ from lorakit.adapters.parameters import (
     parameter_of,
     tokens_as_factors,
 )
-from lorakit.adapters.strict import not_finite
+from lorakit.adapters.strict import require_finite
 from lorakit.adapters.targets import base_modules, matches
 from lorakit.errors import AdapterFileError, RequestError, StateError
 from lorakit.formats.peft import read_adapter
@@ -232,14 +232,7 @@ def read_source(
     """
     path = Path(path)
     adapter = read_adapter(path)
-    problems = not_finite(adapter)
-    if problems:
-        raise AdapterFileError(
-            "the adapter has numbers that are not finite, and nothing can be measured of them",
-            where=str(path),
-            found="\n".join(problems[:_SHOWN]),
-            remedy="look for the step where its loss became NaN, and take an earlier checkpoint",
-        )
+    require_finite(adapter, path)
     source = Source(
         label=label or path.name, path=path, adapter=adapter, updates={}, sites=tuple(sites)
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lorakit.adapters.adapter import Adapter, Factors
+from lorakit.adapters.strict import require_finite
 from lorakit.cli import console
 from lorakit.cli.inspect_method import measure, record, show
 from lorakit.cli.numbers import count
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         _inspect_method(saved, args)
         return 0
     adapter = read_adapter(Path(args.adapter))
+    require_finite(adapter, Path(args.adapter))
     spectra = [Spectrum.of(site, factors) for site, factors in adapter.factors.items()]
     if args.sort == "norm":
         spectra.sort(key=lambda spectrum: -spectrum.norm)

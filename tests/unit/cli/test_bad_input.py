@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lorakit.cli.main import main
 from lorakit.weights.nf4 import require_nf4
@@ -49,6 +50,20 @@ def test_an_adapter_config_that_is_no_object(verb, content, run_directory, data,
     assert "the adapter's configuration is not" in said
     assert "remedy copy the directory again" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["inspect", "analyze"])
+def test_an_adapter_that_is_not_finite(verb, run_directory, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(run_directory / "adapter", adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = min(tensors)
+    tensors[first][0, 0] = float("inf")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert main([verb, str(adapter)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "numbers that are not finite" in said
+    assert "_proj A" in said
 
 
 def test_4_bits_without_bitsandbytes(refused, monkeypatch):
