@@ -184,6 +184,49 @@ def test_a_classifier_whose_head_is_not_part_of_the_adapter(
     torch.testing.assert_close(theirs(**given).logits, tiny_models.outputs(model, given))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "beside"),
+    [
+        ("llama", ["embed_tokens", "lm_head"]),
+        ("llama", ["lm_head"]),
+        ("llama-tied", ["embed_tokens", "lm_head"]),
+        ("gpt2", ["wte"]),
+    ],
+)
+def test_a_vocabulary_that_grew_and_was_trained_beside(
+    architecture: str, beside: list[str], tmp_path: Path
+) -> None:
+    """PEFT writes these embeddings twice, under their names and under its wrapper's."""
+
+    def grown(where: str | Path | None = None) -> Any:
+        torch.manual_seed(0)
+        model = tiny_models.build(architecture)
+        if where is None:
+            return model
+        model = type(model).from_pretrained(where)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(tiny_models.VOCAB + 5)
+        return model.eval()
+
+    grown().save_pretrained(tmp_path / "base")
+    targets = ["c_attn"] if architecture == "gpt2" else ["q_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets, modules_to_save=beside)
+    with _peft_may_warn():
+        theirs = peft.get_peft_model(grown(tmp_path / "base"), config)
+    shake(theirs)
+    given = tiny_models.inputs(theirs)
+    given["input_ids"][:, 2] = tiny_models.VOCAB + 3
+    wanted = tiny_models.outputs(theirs.eval(), given)
+    written = _save_in_peft(theirs, tmp_path / "theirs")
+    assert any(key.endswith(".modules_to_save.weight") for key in written)
+    model = grown(tmp_path / "base")
+    load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(tiny_models.outputs(model, given), wanted, rtol=1e-5, atol=1e-5)
+    save_adapter(model, tmp_path / "ours")
+    again = _in_peft(grown(tmp_path / "base"), tmp_path / "ours")
+    torch.testing.assert_close(tiny_models.outputs(again, given), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_targets_that_peft_read_as_an_expression(tmp_path: Path) -> None:
     model = tiny_models.build("llama")
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=r".*layers\.[01].*\.(q|o)_proj")

@@ -36,7 +36,8 @@ _FACTOR = re.compile(
 _TOKENS = re.compile(
     r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<name>[^.]+))?$"
 )
-_SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
+# PEFT's copy of an embedding or head trained beside has no adapter's name.
+_SAVED = re.compile(r"\.modules_to_save(?:\.([^.]+)(?=\.))?\.")
 
 Pairs = dict[str, dict[str, Tensor]]
 
@@ -143,8 +144,10 @@ def sort_tensors(tensors: Mapping[str, Tensor], path: Path) -> SortedTensors:
         elif ".lora_" in name or clean == name:
             refused.append(key)
         else:
-            names.update(_SAVED.findall(name))
-            result.overrides[_SAVED.sub(".", name)] = tensors[key]
+            names.update(filter(None, _SAVED.findall(name)))
+            parameter = _SAVED.sub(".", name)
+            _refuse_another(result.overrides.get(parameter), tensors[key], f"{path}: {key}")
+            result.overrides[parameter] = tensors[key]
     _refuse_several(names, path)
     if refused or len(cleaned) < len(tensors):
         refused = refused or sorted(set(tensors) - set(cleaned.values()))
@@ -155,6 +158,17 @@ def sort_tensors(tensors: Mapping[str, Tensor], path: Path) -> SortedTensors:
             found=", ".join(refused[:8]) + (" ..." if len(refused) > 8 else ""),
         )
     return result
+
+
+def _refuse_another(earlier: Tensor | None, value: Tensor, where: str) -> None:
+    """Refuse a second value of a parameter; PEFT writes a resized embedding's twice, and equal."""
+    if earlier is not None and not torch.equal(earlier, value):
+        raise AdapterFileError(
+            "the file has two values of one parameter",
+            where=where,
+            expected="one value, or two that are equal",
+            remedy="save the adapter again with PEFT's save_pretrained",
+        )
 
 
 def _adapter_name(found: re.Match[str]) -> list[str]:

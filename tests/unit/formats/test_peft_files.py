@@ -325,6 +325,20 @@ def test_several_adapters_in_one_file_are_refused_by_name(saved: Path) -> None:
     assert "a, b" in text
 
 
+def test_two_values_of_one_parameter_are_refused(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    attach_learned(model, LoraSpec(r=3, alpha=5, targets="qv", also_train=("lm_head",)))
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    name = "base_model.model.lm_head"
+    copy = tensors[f"{name}.weight"].clone()
+    save_file({**tensors, f"{name}.modules_to_save.weight": copy}, tmp_path / TENSORS)
+    Adapter.load(tmp_path)
+    copy[0, 0] += 1
+    save_file({**tensors, f"{name}.modules_to_save.weight": copy}, tmp_path / TENSORS)
+    assert "two values of one parameter" in _refused(tmp_path)
+
+
 def test_a_tensor_that_stands_twice_is_refused(saved: Path) -> None:
     def spoil(t: dict[str, torch.Tensor]) -> None:
         key = next(iter(t))
