@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# As transformers names it beside a tokenizer.
+TEMPLATE_NAME = "chat_template.jinja"
+
 
 def trained_data(passport: Mapping[str, Any]) -> Mapping[str, Any]:
     """The section `data` of the config in a passport; empty where there is none."""

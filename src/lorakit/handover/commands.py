@@ -19,11 +19,21 @@ _VLLM_FLAGS = {
     "--max-cpu-loras": 1,
     "--max-lora-rank": 1,
     "--lora-modules": 1,
+    "--chat-template": 1,
     "--host": 1,
     "--port": 1,
     "--served-model-name": 1,
 }
-_LLAMA_FLAGS = {"--model": 1, "--lora": 1, "--alias": 1, "--host": 1, "--outfile": 1, "--remote": 0}
+_LLAMA_FLAGS = {
+    "--model": 1,
+    "--lora": 1,
+    "--alias": 1,
+    "--host": 1,
+    "--jinja": 0,
+    "--chat-template-file": 1,
+    "--outfile": 1,
+    "--remote": 0,
+}
 _MLX_FLAGS = {"--model": 1, "--adapter-path": 1, "--prompt": 1}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -37,12 +47,14 @@ class Place:
         name: the adapter's name in requests.
         directory: where the exported adapter lies.
         r: its rank; 0 where the command does not say it.
+        template: the chat template that it was trained with, if that is not the base's.
     """
 
     base: str
     name: str
     directory: Path
     r: int = 0
+    template: Path | None = None
 
 
 def vllm_command(place: Place) -> str:
@@ -51,6 +63,7 @@ def vllm_command(place: Place) -> str:
     words += ["--max-loras", "8", "--max-cpu-loras", "64"]
     words += ["--max-lora-rank", str(vllm_max_rank(place.r))]
     words += ["--lora-modules", f"{place.name}={place.directory}", "--host", "127.0.0.1"]
+    words += ["--chat-template", str(place.template)] if place.template else []
     command = shlex.join(words)
     lint_command(command, ("vllm", "serve"), _VLLM_FLAGS)
     return command
@@ -74,6 +87,7 @@ def llama_command(place: Place, file: Path) -> str:
         lint_command(shlex.join(words), ("python", "convert_hf_to_gguf.py"), _LLAMA_FLAGS)
     serve = ["llama-server", "--model", model, "--lora", str(file)]
     serve += ["--alias", place.name, "--host", "127.0.0.1"]
+    serve += ["--jinja", "--chat-template-file", str(place.template)] if place.template else []
     command = shlex.join(serve)
     lint_command(command, ("llama-server",), _LLAMA_FLAGS)
     return f"{shlex.join(words)} && {command}" if words else command

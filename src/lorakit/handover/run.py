@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lorakit.adapters.adapter import Adapter
+from lorakit.data.trained import TEMPLATE_NAME, trained_data
 from lorakit.errors import AdapterFileError, RequestError
 from lorakit.files import require_free, write_text
 from lorakit.formats.peft import TENSORS_NAME, read_adapter, write_adapter
@@ -91,7 +92,8 @@ def export_adapter(
     ref = _base_of(adapter, base, source, engine)
     if engine in ("llama.cpp", "mlx"):
         written, changed = write_converted(adapter, output, engine, ref)
-        place = Place(base=ref, name=name, directory=output.resolve())
+        template = _template_of(adapter, output)
+        place = Place(base=ref, name=name, directory=output.resolve(), template=template)
         file = place.directory / written.name
         command = llama_command(place, file) if engine == "llama.cpp" else mlx_command(place)
     else:
@@ -117,13 +119,29 @@ def _write_peft(
     adapter = replace(adapter, config={**adapter.config, "base_model_name_or_path": base})
     write_adapter(adapter, output)
     _check_written(output, adapter)
-    place = Place(base=base, name=name, directory=output.resolve(), r=_written_rank(output))
+    place = Place(
+        base=base,
+        name=name,
+        directory=output.resolve(),
+        r=_written_rank(output),
+        template=_template_of(adapter, output),
+    )
     if engine == "vllm":
         return changed, vllm_command(place)
     if engine == "ray-serve":
         write_text(output / RAY_FILE, ray_file(place))
         return changed, f"cd {shlex.quote(str(place.directory))} && serve run {RAY_APP}"
     return changed, f"PeftModel.from_pretrained(model, {str(place.directory)!r})"
+
+
+def _template_of(adapter: Adapter, output: Path) -> Path | None:
+    """The chat template of the adapter's own, written beside it."""
+    template = trained_data(adapter.passport).get("chat_template")
+    if template is None:
+        return None
+    file = output.resolve() / TEMPLATE_NAME
+    write_text(file, str(template))
+    return file
 
 
 def _base_of(adapter: Adapter, base: str | None, source: Path, engine: Engine) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lorakit.data.adopted_task import adopted_task
-from lorakit.data.trained import trained_data
+from lorakit.data.trained import TEMPLATE_NAME, trained_data
 from lorakit.errors import AdapterFileError, LorakitWarning, MergeError, ModelError, RequestError
 from lorakit.files import atomic_directory, require_free, temporary_beside, write_json, write_text
 from lorakit.formats.peft import read_adapter
@@ -143,7 +143,7 @@ def _write_template(saved: Saved, staging: Path) -> None:
     """Turns are rendered as in training wherever the merged model is loaded."""
     template = trained_data(saved.passport).get("chat_template")
     if template is not None:
-        write_text(staging / "chat_template.jinja", str(template))
+        write_text(staging / TEMPLATE_NAME, str(template))
 
 
 def _require_four_bit(request: MergeRequest, saved: Saved) -> None:

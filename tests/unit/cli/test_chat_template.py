@@ -75,6 +75,16 @@ def test_the_merged_model_has_it(trained):
     assert AutoTokenizer.from_pretrained(trained / "merged").chat_template == OWN
 
 
+@pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])
+def test_other_engines_are_given_it(engine, trained, answer, tmp_path):
+    words = ["export", trained / "run" / "adapter", "--for", engine, "-o", tmp_path / "out"]
+    code, result = answer(*words)
+    assert code == 0
+    flag = {"vllm": "--chat-template ", "llama.cpp": "--jinja --chat-template-file "}[engine]
+    assert f"{flag}{tmp_path / 'out' / 'chat_template.jinja'}" in result["command"]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == OWN
+
+
 def test_the_server_takes_it(trained):
     passport = json.loads((trained / "run" / "adapter" / "lorakit.json").read_text())
     assert trained_options(passport) == SftOptions(chat_template=OWN)
