@@ -115,7 +115,10 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
             remedy="use it with PEFT itself; a method that changes weights can be merged there "
             "(merge_and_unload), and the merged model used here",
         )
-    refused = [k for k, rest in _REFUSED.items() if k in config and config[k] not in rest]
+    empty = ([], {}, "")
+    refused = [
+        k for k, rest in _REFUSED.items() if k in config and config[k] not in (*rest, *empty)
+    ]
     init = config.get("init_lora_weights")
     if isinstance(init, str) and _REFUSED_INITS.match(init):
         refused.append("init_lora_weights")

@@ -25,7 +25,8 @@ class Answers:
     """What a model said to the probes.
 
     Attributes:
-        outputs: one float32 tensor per probe: logits, or the last hidden state of a bare encoder.
+        outputs: one float32 tensor per probe: logits (of a span: of its start and its end), or the
+            last hidden state of a bare encoder.
         layers: one list of float32 hidden states per probe.
         continuations: greedily chosen token ids per probe; empty for models that do not generate.
     """
@@ -77,8 +78,7 @@ def ask(
     for probe in probes:
         inputs = {name: value.to(model.device) for name, value in probe.items()}
         result: Any = model(**inputs, output_hidden_states=True)
-        logits = getattr(result, "logits", None)
-        outputs.append((logits if logits is not None else result.last_hidden_state).float().cpu())
+        outputs.append(_output(result).float().cpu())
         layers.append([h.float().cpu() for h in _hidden_states(result)])
         if generate and model.can_generate():
             continuations.append(_continue(model, inputs))
@@ -88,6 +88,14 @@ def ask(
 def max_abs_difference(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest absolute difference between two lists of equally shaped tensors."""
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+def _output(result: Any) -> Tensor:
+    """The logits of whatever head there is, else the last hidden state."""
+    if getattr(result, "start_logits", None) is not None:
+        return torch.stack([result.start_logits, result.end_logits], dim=-1)
+    names = ("logits", "prediction_logits", "last_hidden_state")
+    return next(found for name in names if (found := getattr(result, name, None)) is not None)
 
 
 def _hidden_states(result: Any) -> list[Tensor]:

@@ -151,6 +151,13 @@ def test_keys_that_change_the_result_are_refused_by_name(
         assert value in text
 
 
+@pytest.mark.parametrize("value", [None, [], {}])
+def test_the_same_keys_at_rest_are_accepted(saved: Path, value: object) -> None:
+    for key in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
+        _edit_config(saved, **{key: value})
+    Adapter.load(saved)
+
+
 def test_unknown_harmless_keys_are_kept(saved: Path, tmp_path: Path) -> None:
     _edit_config(saved, my_note="made on a Tuesday", eva_config=None, revision="abc")
     with pytest.warns(LorakitWarning, match="my_note"):
