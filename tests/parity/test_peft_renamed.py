@@ -26,7 +26,7 @@ from lorakit.errors import AdapterFileError, LorakitWarning
 from lorakit.formats.peft import load_adapter, read_adapter, save_adapter
 from lorakit.serve.served import served_form
 
-TENSORS = "adapter_model.safetensors"
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOVED = "taken for the same"
 
 
@@ -66,6 +66,9 @@ def written(built: Callable[[], nn.Module], path: Path, **given: object) -> nn.M
 def rename(path: Path, change: Callable[[str], str]) -> None:
     tensors = {change(name): value for name, value in load_file(path / TENSORS).items()}
     save_file(tensors, path / TENSORS, metadata={"format": "pt"})
+    config = json.loads((path / CONFIG).read_text())
+    config["target_modules"] = ["q_proj", "v_proj", "down_proj"]
+    (path / CONFIG).write_text(json.dumps(config))
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -142,3 +145,19 @@ def test_other_layers_are_not_taken_for_these(tmp_path: Path) -> None:
         load_adapter(tiny_models.build("gpt2"), tmp_path / "b")
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["r"] == 3
+
+
+def test_a_tensor_that_is_missing_is_missed_under_the_other_name(tmp_path: Path) -> None:
+    def built() -> PreTrainedModel:
+        return tiny_models.seeded(gemma).eval()
+
+    written(built, tmp_path / "a", target_modules=TEXT)
+    rename(tmp_path / "a", text_alone)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    kept = {name: value for name, value in tensors.items() if "layers.1.mlp" not in name}
+    save_file(kept, tmp_path / "a" / TENSORS)
+    with (
+        pytest.warns(LorakitWarning, match=MOVED),
+        pytest.raises(AdapterFileError, match=r"language_model\.layers\.1\.mlp\.down_proj"),
+    ):
+        load_adapter(built(), tmp_path / "a")

@@ -7,6 +7,7 @@ and is `model.language_model` since; a body without a head has `layers.0` where 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -59,7 +60,17 @@ def under_its_names(
         LorakitWarning,
         stacklevel=4,
     )
-    return _renamed(adapter, new_name)
+    # What was targeted was targeted in there: other parts (a vision tower) may have such names too.
+    inside = tuple(_inside(ours, target) for target in adapter.target_modules)
+    known = inside if all(inside) else ()
+    return replace(_renamed(adapter, new_name), target_modules=known)
+
+
+def _inside(module: str, target: str) -> str:
+    """An expression for this end of a name inside a module; empty for an expression."""
+    if not re.fullmatch(r"[\w.-]+", target):
+        return ""
+    return rf"{re.escape(module)}\.(?:.*\.)?{re.escape(target)}" if module else target
 
 
 def _layer(factors: Factors) -> str:

@@ -11,6 +11,7 @@ of rows that no part owns is the base's own norm, so that PEFT leaves them as th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lorakit.adapters.attach import attach
 from lorakit.adapters.bind import bind_adapter
 from lorakit.adapters.extract import adapter_from_model
 from lorakit.adapters.spec import LoraSpec
-from lorakit.errors import AdapterFileError
+from lorakit.errors import AdapterFileError, LorakitWarning
 from lorakit.files import atomic_directory, write_json
 from lorakit.formats.passport import PASSPORT_NAME, SiteRecord, read_passport, write_passport
 from lorakit.formats.peft_config import (
@@ -48,6 +49,7 @@ from lorakit.formats.peft_parts import (
     stack_magnitudes,
     stack_parts,
 )
+from lorakit.formats.peft_targets import beyond_targets
 from lorakit.formats.peft_tensors import (
     PREFIX,
     TENSORS_NAME,
@@ -206,6 +208,8 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
     found = sort_tensors(tensors, path)
     pairs = found.pairs
     factors, problems = _factors_of_file(config, spec, pairs, records)
+    if not records:
+        _note_beyond(config, [name for name, f in factors.items() if f.stack is None])
     tokens, wrong = token_rows(found.tokens, config)
     problems += wrong
     base_norms = {
@@ -230,6 +234,17 @@ def _read(path: Path) -> tuple[Adapter, list[str]]:
         config=config,
     )
     return adapter, problems
+
+
+def _note_beyond(config: Mapping[str, Any], modules: list[str]) -> None:
+    beyond = beyond_targets(config, modules)
+    if beyond:
+        warnings.warn(
+            f"the file has updates that its configuration does not target ({len(beyond)}, first "
+            f"{beyond[0]}): they are used here, and PEFT passes them over",
+            LorakitWarning,
+            stacklevel=4,
+        )
 
 
 def _factors_of_file(
