@@ -22,6 +22,7 @@ from transformers import (
 import tiny_models
 from learned import shake
 from lorakit.adapters.bind import plan_binding
+from lorakit.analysis.updates import Base, read_source
 from lorakit.errors import AdapterFileError, LorakitWarning
 from lorakit.formats.peft import load_adapter, read_adapter, save_adapter
 from lorakit.serve.served import served_form
@@ -108,6 +109,9 @@ def test_gemma_3_under_its_other_names(change: Callable[[str], str], tmp_path: P
     with pytest.warns(LorakitWarning, match=MOVED):
         bound = plan_binding(built(), read_adapter(tmp_path / "a"))
     assert all(name.startswith("model.language_model.layers.") for name in bound.factors)
+    with pytest.warns(LorakitWarning, match=MOVED):
+        seen = read_source(tmp_path / "a", base=Base(built()))
+    assert seen.updates.keys() == bound.factors.keys()
 
 
 def test_a_body_without_a_head_and_the_same_with_one(tmp_path: Path) -> None:

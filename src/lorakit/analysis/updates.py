@@ -21,6 +21,7 @@ from lorakit.adapters.parameters import (
     parameter_of,
     tokens_as_factors,
 )
+from lorakit.adapters.renamed import under_its_names
 from lorakit.adapters.strict import require_finite
 from lorakit.adapters.targets import base_modules, matches
 from lorakit.errors import AdapterFileError, RequestError, StateError
@@ -280,7 +281,10 @@ def on_base(source: Source, base: Base, *, any_base: bool = False) -> Source:
     """
     if not any_base:
         require_same_base(base.model, source.adapter.passport)
-    adapter, problems = fit_parameters(base.modules, source.adapter)
+    adapter = source.adapter
+    if any(base.module(f.module) is None for f in adapter.factors.values() if f.stack is None):
+        adapter = under_its_names(base.model, base.modules, adapter)
+    adapter, problems = fit_parameters(base.modules, adapter)
     if problems:
         raise AdapterFileError(
             "the adapter changes parameters that the base does not have",

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
+        "--base",
         metavar="REF",
         help="the base: a hub id, a directory, a .gguf file or a named model; by default the one "
         "that the first adapter names",

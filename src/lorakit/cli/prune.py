@@ -61,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "adapter was trained, else auto",
     )
     parser.add_argument(
-        "--model", metavar="REF", help="the base; by default the one that the adapter names"
+        "--model",
+        "--base",
+        metavar="REF",
+        help="the base; by default the one that the adapter names",
     )
     parser.add_argument(
         "--any-base", action="store_true", help="even if it was trained on another base"

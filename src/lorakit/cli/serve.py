@@ -44,6 +44,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
+        "--base",
         metavar="REF",
         required=True,
         help="the base: a hub id, a directory, a .gguf file or a named model",

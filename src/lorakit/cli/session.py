@@ -55,6 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --model, --adapter, --dtype, --quantize, --device and --any-base."""
     parser.add_argument(
         "--model",
+        "--base",
         metavar="REF",
         help="the base: a hub id, a directory, a .gguf file or a named model such as "
         "smollm2-135m-instruct; by default the base that the adapter names",
